@@ -1,0 +1,21 @@
+"""HSTU attention for PyTorch: jagged sequences, SiLU instead of softmax, fused relative bias, on CPU and CUDA.
+
+>>> out = hstu_ops.hstu_attention(q, k, v, seq_offsets, max_seq_len)
+
+`hstu_ops.hstu_attention` is the op, `hstu_ops.RelativeAttentionBias` the module that owns bias tables, `hstu_ops.reference` the same
+mathematics in plain PyTorch. `python -m hstu_ops` prints what this build holds and checks it.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import reference
+from ._library import build_info
+from .attention import hstu_attention
+from .bias import RelativeAttentionBias, RelativeBias, TimeBuckets
+
+try:
+    __version__ = version("hstu_ops")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["RelativeAttentionBias", "RelativeBias", "TimeBuckets", "__version__", "build_info", "hstu_attention", "reference"]

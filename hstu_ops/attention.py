@@ -1,0 +1,303 @@
+"""hstu_attention: checks its arguments, then calls the op (see _library.attention)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import _library
+from .bias import RelativeBias, accumulation_dtype
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTS = (torch.int32, torch.int64)
+_CHECK_CONTENT = os.environ.get("HSTU_OPS_CHECK", "0") not in ("", "0")
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor | None = None,
+    max_seq_len: int | None = None,
+    *,
+    alpha: float | None = None,
+    scale: float | Tensor | None = None,
+    causal: bool = True,
+    num_targets: Tensor | None = None,
+    target_group_size: int = 1,
+    contextual_seq_len: int | Tensor = 0,
+    max_attn_len: int = 0,
+    min_full_attn_seq_len: int = 0,
+    global_prefix_len: int = 0,
+    bias: Tensor | RelativeBias | None = None,
+    seq_offsets_q: Tensor | None = None,
+) -> Tensor:
+    """HSTU attention over `B` sequences of different lengths, stored back to back: `[total_q, H, Dv]`, the type of q.
+
+    For row `i` and column `j` of one sequence and one head, `keep` being the mask below:
+
+        s_ij = alpha * <q_i, k_j> + bias_ij
+        o_i  = scale_i * sum_j keep(i, j) * silu(s_ij) * v_j
+
+    Example: two users with 3 and 2 items, 4 heads of 64.
+
+        >>> q, k, v = torch.randn(3, 5, 4, 64, requires_grad=True).unbind()
+        >>> out = hstu_attention(q, k, v, torch.tensor([0, 3, 5]), max_seq_len=3)
+        >>> out.sum().backward()
+
+    Tensors
+        q `[total_q, H, Dqk]`, k `[total_kv, H, Dqk]`, v `[total_kv, H, Dv]`: one type of float64, float32, float16, bfloat16;
+            the last dimension contiguous, rows and heads at any stride. Or jagged tensors of torch.nested,
+            `[B, *, H, D]`: offsets are then theirs (leave out seq_offsets and max_seq_len), and the result is one too.
+        seq_offsets `[B + 1]`, int32 or int64: sequence b has rows `seq_offsets[b]` to `seq_offsets[b + 1]`, `n` of them. Starts at
+            0, never falls, ends at total_kv.
+        max_seq_len: the length that sequences are meant to stay within. Sets the default scale, nothing else.
+        seq_offsets_q `[B + 1]`: offsets of the queries, when fewer than the keys: the `m` queries of a sequence are its last
+            `m` rows (cached keys, scoring of candidates). Default: seq_offsets.
+        alpha: factor of the products, a number; default `1 / sqrt(Dqk)`.
+        scale: factor of the output, a number, or float tensor `[B]` or `[total_q]` (`[B]` where they are equal); default
+            `1 / max_seq_len`.
+        bias: `RelativeBias`, or a float tensor `[B or 1, H or 1, N, N]` with `N >= max_seq_len`, added at (row, column) of a
+            sequence (and 0 beyond N).
+
+    Mask. The last `t = num_targets[b]` rows of a sequence are targets, the `h = n - t` rows before them history, the first
+    `c = min(contextual_seq_len, h)` of these contextual. A row keeps, of the history columns: all of them if contextual; those
+    up to itself (all, with `causal=False`) and in its window if history; those in its window if a target. A target also keeps
+    the targets of its own group up to itself.
+        num_targets `[B]`, int32 or int64; default none. Groups are target_group_size wide; 1: a target sees only itself.
+        contextual_seq_len: an int, or int32 or int64 `[B]`.
+        max_attn_len: the window, in logical positions (all targets share one, all contextual rows share one); 0: none.
+        min_full_attn_seq_len: that many last history rows, and all targets, ignore the window; 0: none do.
+        global_prefix_len: that many first columns stay visible outside the window.
+
+    Gradients: of q, k, v, of a dense bias and of the tables of a RelativeBias; the last two are summed in float32 (float64 for
+    float64). Not of alpha, scale and timestamps, which may not require one. No second derivative (RuntimeError):
+    `hstu_ops.reference` has it.
+
+    Numerics: float16 and bfloat16 are multiplied and summed in float32, `silu(s)` is rounded to the input type before the product
+    with v. Autocast casts q, k and v. Rows that keep nothing are 0. The forward pass is bitwise reproducible, the backward pass
+    under `torch.use_deterministic_algorithms(True)`. Memory grows with the total number of rows, never with `n^2`.
+
+    Errors: TypeError or ValueError naming the argument, what was expected and what came. With `HSTU_OPS_CHECK=1` in the
+    environment at import the content of offsets and lengths is checked too, on any device (this waits for it).
+
+    Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024; `hstu_ops.reference` is the same in plain PyTorch.
+    """
+    if isinstance(q, Tensor) and q.is_nested:
+        from .jagged import nested_attention
+
+        options = {x: y for x, y in locals().items() if x not in ("q", "k", "v", "seq_offsets", "nested_attention")}
+        if seq_offsets is not None:
+            _fail("seq_offsets", "None for nested q, k, v (it is theirs)", seq_offsets)
+        return nested_attention(hstu_attention, q, k, v, **options)
+
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            _fail(name, "a tensor", x, TypeError)
+    q, k, v = _library.autocast(q, k, v)
+    _check_qkv(q, k, v)
+    device, accumulate = q.device, accumulation_dtype(q.dtype)
+    total_q, total_kv = q.shape[0], k.shape[0]
+    if not isinstance(seq_offsets, Tensor) or seq_offsets.dim() != 1 or seq_offsets.shape[0] < 1:
+        _fail("seq_offsets", "an integer tensor [B + 1]", seq_offsets, ValueError if isinstance(seq_offsets, Tensor) else TypeError)
+    batch = seq_offsets.shape[0] - 1
+    _check_ints("seq_offsets", seq_offsets, batch + 1, device)
+    if seq_offsets_q is not None:
+        _check_ints("seq_offsets_q", seq_offsets_q, batch + 1, device)
+    elif total_q != total_kv:
+        _fail("q", f"{total_kv} rows, those of k (or seq_offsets_q)", f"{total_q} rows")
+    if num_targets is not None:
+        _check_ints("num_targets", num_targets, batch, device)
+    _check_int("max_seq_len", max_seq_len, 1)
+    _check_int("target_group_size", target_group_size, 1)
+    _check_int("max_attn_len", max_attn_len, 0)
+    _check_int("min_full_attn_seq_len", min_full_attn_seq_len, 0)
+    _check_int("global_prefix_len", global_prefix_len, 0)
+
+    contextual_seq_lens = None
+    if isinstance(contextual_seq_len, Tensor):
+        _check_ints("contextual_seq_len", contextual_seq_len, batch, device)
+        contextual_seq_len, contextual_seq_lens = 0, contextual_seq_len
+    else:
+        _check_int("contextual_seq_len", contextual_seq_len, 0)
+
+    if alpha is not None and not _is_number(alpha):
+        _fail("alpha", "a number (it has no gradient)", alpha, TypeError)
+    scale_values = None
+    if isinstance(scale, Tensor):
+        scale, scale_values = None, _check_scale(scale, batch, total_q, device).to(accumulate)
+    elif scale is not None and not _is_number(scale):
+        _fail("scale", "a number or a tensor", scale, TypeError)
+
+    dense, relative = None, _NO_BIAS
+    if isinstance(bias, RelativeBias):
+        relative = _relative_arguments(bias, q, total_q, total_kv, accumulate)
+    elif bias is not None:
+        dense = _check_dense(bias, batch, q, max_seq_len).to(accumulate)
+
+    if _CHECK_CONTENT and not torch.compiler.is_compiling():
+        _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, num_targets, contextual_seq_lens)
+    return _library.attention(
+        *(q, k, v, seq_offsets, seq_offsets_q, max_seq_len, alpha, scale, scale_values),
+        *(causal, num_targets, target_group_size, contextual_seq_len, contextual_seq_lens),
+        *(max_attn_len, min_full_attn_seq_len, global_prefix_len, dense),
+        *relative,
+        q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32",
+    )
+
+
+_NO_BIAS = (None,) * 5  # position_weight, time_weight, time_boundaries, timestamps, query_timestamps
+
+
+def _fail(name: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+    if isinstance(got, Tensor):
+        got = f"{got.dtype} {list(got.shape)} on {got.device}".removeprefix("torch.")
+    elif error is TypeError:
+        got = type(got).__name__
+    raise error(f"hstu_ops: {name}: expected {expected}, got {got}")
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (float, int, torch.SymFloat, torch.SymInt))
+
+
+def _check_int(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        _fail(name, "an int", value, TypeError)
+    if value < minimum:
+        _fail(name, f"at least {minimum}", value)
+
+
+def _check_ints(name: str, x: Tensor, size: int, device: torch.device) -> None:
+    if not isinstance(x, Tensor):
+        _fail(name, f"an integer tensor [{size}]", x, TypeError)
+    if x.dtype not in _INTS:
+        _fail(name, "int32 or int64", x, TypeError)
+    if x.dim() != 1 or x.shape[0] != size:
+        _fail(name, f"shape [{size}]", x)
+    if x.device != device:
+        _fail(name, f"a tensor on {device}, the device of q", x)
+    if size > 1 and x.stride(0) != 1:
+        _fail(name, "a contiguous tensor", f"stride {x.stride(0)}")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in _FLOATS:
+        _fail("q", "float64, float32, float16 or bfloat16", q, TypeError)
+    if q.device.type not in _library.DEVICE_TYPES:
+        _fail("q", f"a device this build has kernels for ({', '.join(sorted(_library.DEVICE_TYPES))})", q)
+    if q.dim() != 3:
+        _fail("q", "shape [total_q, H, Dqk]", q)
+    _, heads, dim = q.shape
+    if heads < 1 or dim < 1:
+        _fail("q", "at least one head and one dimension", q)
+    for name, x in (("k", k), ("v", v)):
+        if x.is_nested or x.dim() != 3 or x.shape[1] != heads:
+            _fail(name, f"shape [total_kv, {heads}, D]", x)
+        if x.dtype != q.dtype:
+            _fail(name, f"{q.dtype}, the type of q", x, TypeError)
+        if x.device != q.device:
+            _fail(name, f"a tensor on {q.device}, the device of q", x)
+    if k.shape[2] != dim:
+        _fail("k", f"head dimension {dim}, that of q", k)
+    if v.shape[2] < 1 or v.shape[0] != k.shape[0]:
+        _fail("v", f"shape [{k.shape[0]}, {heads}, Dv], the rows of k", v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(2) != 1 and x.shape[2] != 1:
+            _fail(name, "a contiguous last dimension", f"strides {x.stride()}")
+
+
+def _check_scale(scale: Tensor, batch: int, total_q: int, device: torch.device) -> Tensor:
+    if not scale.is_floating_point():
+        _fail("scale", "a float tensor", scale, TypeError)
+    if scale.requires_grad:
+        _fail("scale", "a tensor that needs no gradient (it has none)", "requires_grad=True")
+    if scale.dim() != 1 or (scale.shape[0] != batch and scale.shape[0] != total_q):
+        _fail("scale", f"shape [{batch}], one per sequence, or [{total_q}], one per query row", scale)
+    if scale.device != device:
+        _fail("scale", f"a tensor on {device}, the device of q", scale)
+    return scale.contiguous()
+
+
+def _check_dense(bias: Tensor, batch: int, q: Tensor, max_seq_len: int) -> Tensor:
+    if not isinstance(bias, Tensor):
+        _fail("bias", "None, a tensor or a RelativeBias", bias, TypeError)
+    if not bias.is_floating_point():
+        _fail("bias", "a float tensor", bias, TypeError)
+    heads = q.shape[1]
+    if bias.dim() != 4 or bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads) or bias.shape[2] != bias.shape[3]:
+        _fail("bias", f"shape [{batch} or 1, {heads} or 1, N, N]", bias)
+    if bias.shape[3] < max_seq_len:
+        _fail("bias", f"N >= max_seq_len = {max_seq_len}", bias)
+    if bias.device != q.device:
+        _fail("bias", f"a tensor on {q.device}, the device of q", bias)
+    return bias if bias.stride(3) == 1 else bias.contiguous()
+
+
+def _relative_arguments(bias: RelativeBias, q: Tensor, total_q: int, total_kv: int, accumulate: torch.dtype) -> tuple:
+    position_weight, time_weight = bias.position_weight, bias.time_weight
+    if position_weight is not None:
+        _check_table("bias.position_weight", position_weight, q)
+        if position_weight.shape[-1] % 2 != 1:
+            _fail("bias.position_weight", "an odd number of entries, 2P - 1", position_weight)
+        position_weight = position_weight.to(accumulate)
+    if time_weight is None:
+        return position_weight, None, None, None, None
+
+    if bias.buckets is None:
+        _fail("bias.buckets", "TimeBuckets, as bias.time_weight is given", None)
+    boundaries, timestamps, query_timestamps = bias.buckets.boundaries, bias.timestamps, bias.query_timestamps
+    _check_table("bias.time_weight", time_weight, q)
+    if time_weight.shape[-1] != boundaries.shape[0] + 1:
+        _fail("bias.time_weight", f"{boundaries.shape[0] + 1} entries, one more than boundaries", time_weight)
+    _check_times("bias.buckets.boundaries", boundaries, boundaries.shape[0], q.device)
+    if timestamps is None:
+        _fail("bias.timestamps", "an int64 tensor, as bias.time_weight is given", None)
+    _check_times("bias.timestamps", timestamps, total_kv, q.device)
+    if query_timestamps is not None:
+        _check_times("bias.query_timestamps", query_timestamps, total_q, q.device)
+    return position_weight, time_weight.to(accumulate), boundaries, timestamps, query_timestamps
+
+
+def _check_table(name: str, table: Tensor, q: Tensor) -> None:
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        _fail(name, "a float tensor", table, TypeError)
+    heads = q.shape[1]
+    if table.dim() not in (1, 2) or table.shape[-1] < 1 or (table.dim() == 2 and table.shape[0] != heads):
+        _fail(name, f"shape [entries] or [{heads}, entries]", table)
+    if table.device != q.device:
+        _fail(name, f"a tensor on {q.device}, the device of q", table)
+    if table.stride(-1) != 1 and table.shape[-1] != 1:
+        _fail(name, "a contiguous last dimension", f"strides {table.stride()}")
+
+
+def _check_times(name: str, x: Tensor, size: int, device: torch.device) -> None:
+    _check_ints(name, x, size, device)
+    if x.dtype != torch.int64:
+        _fail(name, "int64", x, TypeError)
+
+
+def _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, num_targets, contextual_seq_lens) -> None:
+    """What the shapes cannot tell. Reads the tensors on the host, so it waits for the device."""
+
+    def lengths(name: str, offsets: Tensor, total: int) -> Tensor:
+        offsets = offsets.cpu().long()
+        if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
+            _fail(name, f"offsets that start at 0, never fall and end at {total}", offsets.tolist())
+        return offsets.diff()
+
+    n = lengths("seq_offsets", seq_offsets, total_kv)
+    if (n > max_seq_len).any():
+        _fail("max_seq_len", f"at least {int(n.max())}, the longest sequence", max_seq_len)
+    if seq_offsets_q is not None:
+        m = lengths("seq_offsets_q", seq_offsets_q, total_q)
+        if (m > n).any():
+            _fail("seq_offsets_q", "at most as many queries as keys in every sequence", f"{m.tolist()} for {n.tolist()}")
+    if num_targets is not None:
+        t = num_targets.cpu().long()
+        if (t < 0).any() or (t > n).any():
+            _fail("num_targets", f"0 to the length of each sequence, {n.tolist()}", t.tolist())
+    if contextual_seq_lens is not None and (contextual_seq_lens < 0).any():
+        _fail("contextual_seq_len", "at least 0", contextual_seq_lens.tolist())
