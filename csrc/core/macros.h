@@ -4,7 +4,9 @@
 #ifdef __CUDACC__
 #define HSTU_HD __host__ __device__ __forceinline__
 #else
-#define HSTU_HD inline
+// Always inlined: csrc/cpu compiles these headers once per instruction set, and an out-of-line copy made for one
+// of them could be linked into the code for another.
+#define HSTU_HD inline __attribute__((always_inline))
 #endif
 
 namespace hstu_ops {
