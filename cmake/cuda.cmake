@@ -1,0 +1,72 @@
+# CUDA kernels, one object library per family:
+#   csrc/cuda/sm90/**/*.cu        Hopper only (90a)
+#   csrc/cuda/**/*.cu otherwise   every plain architecture of HSTU_ARCHS, and PTX of the highest for newer GPUs
+# Defines HSTU_WITH_SM80 and HSTU_WITH_SM90 for the dispatch code where that family is in the build.
+set(plain_archs ${HSTU_ARCHS})
+list(FILTER plain_archs INCLUDE REGEX "^[0-9]+$")
+if("90a" IN_LIST HSTU_ARCHS)
+  list(APPEND plain_archs 90)
+endif()
+list(REMOVE_DUPLICATES plain_archs)
+list(SORT plain_archs COMPARE NATURAL)
+list(GET plain_archs -1 highest)
+set(CMAKE_CUDA_ARCHITECTURES ${highest}-real) # overridden below; an old CMake's own default may be unknown to the toolkit
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.3)
+  message(FATAL_ERROR "hstu_ops needs nvcc >= 12.3, but ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}: "
+                      "set CUDA_HOME to a newer toolkit, or HSTU_CUDA=0 to build without CUDA kernels.")
+endif()
+find_package(CUDAToolkit REQUIRED) # for cudart_static and the headers; nothing else of the toolkit is linked
+
+file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+file(GLOB_RECURSE cuda_host_sources CONFIGURE_DEPENDS csrc/cuda/*.cpp)
+if(NOT cuda_sources)
+  message(FATAL_ERROR "HSTU_CUDA is on, but csrc/cuda holds no kernels: build without it (HSTU_CUDA=0).")
+endif()
+set(sm90_sources ${cuda_sources})
+list(FILTER sm90_sources INCLUDE REGEX "/csrc/cuda/sm90/")
+set(plain_sources ${cuda_sources})
+list(FILTER plain_sources EXCLUDE REGEX "/csrc/cuda/sm90/")
+
+add_library(hstu_cuda_flags INTERFACE)
+target_link_libraries(hstu_cuda_flags INTERFACE hstu_flags)
+target_compile_definitions(hstu_cuda_flags INTERFACE HSTU_CUDA_ARCHS="${HSTU_ARCHS}")
+target_include_directories(hstu_cuda_flags SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
+target_compile_options(
+  hstu_cuda_flags
+  INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-O3;-lineinfo;--expt-relaxed-constexpr;-Xptxas=-v,-warn-spills,-warn-lmem-usage>)
+if(HSTU_WERROR)
+  target_compile_options(hstu_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+endif()
+
+function(hstu_cuda_objects name archs)
+  if(NOT ARGN)
+    return()
+  endif()
+  add_library(${name} OBJECT ${ARGN})
+  target_link_libraries(${name} PRIVATE hstu_cuda_flags)
+  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${archs}")
+  if(HSTU_PTXAS_CHECK)
+    set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER "sh;${CMAKE_SOURCE_DIR}/cmake/checked_nvcc.sh")
+  endif()
+  set(cuda_objects ${cuda_objects} $<TARGET_OBJECTS:${name}> PARENT_SCOPE)
+endfunction()
+
+if("90a" IN_LIST HSTU_ARCHS AND sm90_sources)
+  target_compile_definitions(hstu_cuda_flags INTERFACE HSTU_WITH_SM90)
+  hstu_cuda_objects(hstu_cuda_sm90 "90a-real" ${sm90_sources})
+endif()
+if(plain_sources MATCHES "/csrc/cuda/sm80/")
+  target_compile_definitions(hstu_cuda_flags INTERFACE HSTU_WITH_SM80)
+endif()
+set(real_archs ${plain_archs})
+list(TRANSFORM real_archs APPEND "-real")
+hstu_cuda_objects(hstu_cuda_plain "${real_archs};${highest}-virtual" ${plain_sources} ${cuda_host_sources})
+
+string(REPLACE ";" " " cuda_archs "${HSTU_ARCHS}")
+set(cuda_version ${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR})
+message(STATUS "hstu_ops: CUDA ${cuda_version} for ${cuda_archs}")

@@ -1,0 +1,11 @@
+// The boxed kernels that library.cpp registers.
+#pragma once
+
+#include "torch/stable_abi.h"
+
+namespace hstu_ops {
+
+void attention_fwd_op(abi::Value* stack, uint64_t num_inputs, uint64_t num_outputs);
+void attention_bwd_op(abi::Value* stack, uint64_t num_inputs, uint64_t num_outputs);
+
+}  // namespace hstu_ops
