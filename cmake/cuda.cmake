@@ -34,7 +34,8 @@ list(FILTER plain_sources EXCLUDE REGEX "/csrc/cuda/sm90/")
 
 add_library(hstu_cuda_flags INTERFACE)
 target_link_libraries(hstu_cuda_flags INTERFACE hstu_flags)
-target_compile_definitions(hstu_cuda_flags INTERFACE HSTU_CUDA_ARCHS="${HSTU_ARCHS}")
+string(REPLACE ";" " " cuda_archs "${HSTU_ARCHS}")
+target_compile_definitions(hstu_cuda_flags INTERFACE HSTU_CUDA_ARCHS="${cuda_archs}")
 target_include_directories(hstu_cuda_flags SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
 target_compile_options(
   hstu_cuda_flags
@@ -67,6 +68,5 @@ set(real_archs ${plain_archs})
 list(TRANSFORM real_archs APPEND "-real")
 hstu_cuda_objects(hstu_cuda_plain "${real_archs};${highest}-virtual" ${plain_sources} ${cuda_host_sources})
 
-string(REPLACE ";" " " cuda_archs "${HSTU_ARCHS}")
 set(cuda_version ${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR})
 message(STATUS "hstu_ops: CUDA ${cuda_version} for ${cuda_archs}")
