@@ -41,7 +41,7 @@ size_t element_size(const AttentionProblem& p) { return p.dtype == DType::kFloat
 
 size_t rounded(size_t bytes) { return (bytes + kMaxVectorBytes - 1) / kMaxVectorBytes * kMaxVectorBytes; }
 
-Status error(const std::string& message) { return {"hstu_ops: " + message}; }
+Status error(const std::string& message) { return {message}; }
 
 Status check_offsets(const char* name, const IntArray& offsets, int batch, int64_t total) {
   if (offsets[0] != 0) return error(std::string(name) + ": expected to start at 0, got " + std::to_string(offsets[0]));
