@@ -14,10 +14,12 @@ namespace hstu_ops {
 namespace cpu {
 namespace {
 
-constexpr int kFwdRows = 256;        // query rows of a task: enough to pay for transposing the keys
-constexpr int kMaxParts = 8;         // of a sequence's columns in the backward
-constexpr int kTasksWanted = 16;     // below this the longest sequences are split
-constexpr int kLanesWanted = 128;    // lanes that collect table gradients; bounds memory, not correctness
+constexpr int kFwdRows = 512;      // query rows of a task: enough to pay for transposing the keys
+constexpr int kFwdTasks = 64;      // below this tasks get fewer rows
+constexpr int kMaxParts = 8;       // of a sequence's columns in the backward
+constexpr int kBwdTasks = 16;      // below this the longest sequences are split
+constexpr int kLanesWanted = 128;  // lanes that collect table gradients; bounds memory, not correctness
+constexpr double kThreadWork = 1 << 20;  // multiplications that pay for waking a thread
 
 const Kernels* find_kernels() {
   const char* wanted = std::getenv("HSTU_OPS_ISA");
@@ -67,9 +69,9 @@ Status check_content(const JaggedParams& p) {
   return status;
 }
 
-// One thread after another takes the next of `count` items; run(item, worker).
+// One thread after another takes the next of `count` items; run(item, worker). `work` bounds the threads woken.
 template <class Run>
-Status run_all(const Executor& executor, int64_t count, const Run& run) {
+Status run_all(const Executor& executor, int64_t count, double work, const Run& run) {
   struct Shared {
     std::atomic<int64_t> next{0};
     int64_t count;
@@ -77,13 +79,16 @@ Status run_all(const Executor& executor, int64_t count, const Run& run) {
   } shared;
   shared.count = count;
   shared.run = &run;
-  const int64_t workers = std::min<int64_t>(executor.threads, count);
-  if (workers == 0) return {};
-  const auto work = [](int64_t worker, int64_t, void* context) {
+  const auto take = [](int64_t worker, int64_t, void* context) {
     Shared& s = *static_cast<Shared*>(context);
     for (int64_t item; (item = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) (*s.run)(item, worker);
   };
-  return executor.parallel_for(0, workers, 1, work, &shared) ? error("a worker thread failed") : Status{};
+  const int64_t workers = std::min({int64_t{executor.threads}, count, static_cast<int64_t>(work / kThreadWork) + 1});
+  if (workers <= 1) {
+    take(0, 1, &shared);
+    return {};
+  }
+  return executor.parallel_for(0, workers, 1, take, &shared) ? error("a worker thread failed") : Status{};
 }
 
 // Scores computed for rows [row_begin, row_end) of the mask x columns [col_begin, col_end), in tiles' granularity.
@@ -109,12 +114,25 @@ void longest_first(std::vector<Unit>& units) {
 
 Task task_of(const Unit& unit, int head) { return {unit.sequence, head, unit.begin, unit.end, unit.part}; }
 
+double total_cost(const std::vector<Unit>& units, const AttentionProblem& p) {
+  double cost = 0;
+  for (const Unit& unit : units) cost += unit.cost;
+  return cost * p.heads * (p.dim_qk + p.dim_v);
+}
+
+int fwd_rows(const AttentionProblem& p) {
+  int rows = kFwdRows;
+  while (rows > kBlockRows && p.jagged.total_q * p.heads < int64_t{rows} * kFwdTasks) rows /= 2;
+  return rows;
+}
+
 std::vector<Unit> fwd_units(const AttentionProblem& p) {
   std::vector<Unit> units;
+  const int rows = fwd_rows(p);
   for (int b = 0; b < p.jagged.batch; ++b) {
     const Sequence s = load_sequence(p.jagged, p.mask, b);
-    for (int r = 0; r < s.num_q; r += kFwdRows) {
-      const int end = std::min(r + kFwdRows, s.num_q);
+    for (int r = 0; r < s.num_q; r += rows) {
+      const int end = std::min(r + rows, s.num_q);
       units.push_back({b, r, end, 0, cost_of(s.mask, s.first_row + r, s.first_row + end, 0, s.mask.len)});
     }
   }
@@ -126,7 +144,7 @@ Limits limits_of(const AttentionProblem& p, bool backward) {
   Limits limits{1, 1};
   for (int b = 0; b < p.jagged.batch; ++b) {
     const Sequence s = load_sequence(p.jagged, p.mask, b);
-    limits.rows = std::max(limits.rows, backward ? s.num_q : std::min(s.num_q, kFwdRows));
+    limits.rows = std::max(limits.rows, backward ? s.num_q : std::min(s.num_q, fwd_rows(p)));
     limits.cols = std::max(limits.cols, s.mask.len);
   }
   return limits;
@@ -154,6 +172,7 @@ struct BwdPlan {
     int head = 0;
   };
   std::vector<Lane> lanes;
+  double work = 0;  // multiplications
   size_t scratch = 0, position_size = 0, time_size = 0, split_size = 0;  // bytes; the tables' of one lane
 
   int parts(int cols) const { return part_cols ? std::max(ceil_div(cols, part_cols), 1) : 1; }
@@ -168,7 +187,7 @@ void split_columns(const AttentionProblem& p, BwdPlan& plan) {
     total += cost * p.heads;
     largest = std::max(largest, cost);
   }
-  const int parts = std::min<double>(kMaxParts, std::ceil(kTasksWanted * largest / std::max(total, 1.0)));
+  const int parts = std::min<double>(kMaxParts, std::ceil(kBwdTasks * largest / std::max(total, 1.0)));
   if (parts <= 1) return;
   plan.part_cols = ceil_div(ceil_div(plan.limits.cols, parts), kBlockCols) * kBlockCols;
   plan.max_parts = plan.parts(plan.limits.cols);
@@ -193,6 +212,7 @@ std::vector<Unit> bwd_units(const AttentionProblem& p, const BwdPlan& plan) {
 void fill_lanes(const AttentionBwdParams& params, BwdPlan& plan) {
   const AttentionProblem& p = params.problem;
   const std::vector<Unit> units = bwd_units(p, plan);
+  plan.work = 2.5 * total_cost(units, p);
   const bool tables = params.grad_position_weight || params.grad_time_weight;
   const bool shared_bias = params.grad_bias && (!p.dense.batch_stride || !p.dense.head_stride);
   const int per_head = std::max<int>(std::min<int64_t>(ceil_div(kLanesWanted, p.heads), units.size()), 1);
@@ -230,7 +250,7 @@ BwdPlan make_plan(const AttentionBwdParams& params) {
   plan.limits = limits_of(p, true);
   split_columns(p, plan);
   fill_lanes(params, plan);
-  plan.scratch = p.dtype == DType::kFloat64 ? scratch_size<BwdScratch>(p, plan.limits) : scratch_size<BwdScratch>(p, plan.limits);
+  plan.scratch = scratch_size<BwdScratch>(p, plan.limits);
   if (params.grad_position_weight) plan.position_size = rounded((2 * size_t(p.relative.positions) - 1) * size);
   if (params.grad_time_weight) plan.time_size = (size_t(p.relative.num_boundaries) + 1) * kMaxVectorBytes;
   if (plan.part_cols) {
@@ -256,7 +276,7 @@ void sum_lanes(const BwdPlan& plan, const char* tables, size_t stride, int64_t r
 Status sum_table(const Executor& executor, const AttentionProblem& p, const BwdPlan& plan, const char* tables, size_t stride, int64_t row_size, int copies, bool per_head, void* table) {
   const int64_t rows = per_head ? p.heads : 1;
   constexpr int64_t kChunk = 512;
-  return run_all(executor, (rows * row_size + kChunk - 1) / kChunk, [&](int64_t chunk, int64_t) {
+  return run_all(executor, (rows * row_size + kChunk - 1) / kChunk, double(rows * row_size) * plan.lanes.size(), [&](int64_t chunk, int64_t) {
     const auto sum = p.dtype == DType::kFloat64 ? sum_lanes<double> : sum_lanes<float>;
     for (int64_t x = chunk * kChunk; x < std::min((chunk + 1) * kChunk, rows * row_size); ++x) sum(plan, tables, stride, row_size, copies, rows, x, table);
   });
@@ -266,7 +286,7 @@ Status clear_dense_grad(const Executor& executor, const AttentionBwdParams& para
   const DenseBiasParams& dense = params.problem.dense;
   const int64_t matrices = int64_t{dense.batch_stride ? params.problem.jagged.batch : 1} * (dense.head_stride ? params.problem.heads : 1);
   const size_t row = size_t(dense.size) * element_size(params.problem);
-  return run_all(executor, matrices * dense.size, [&](int64_t x, int64_t) { std::memset(static_cast<char*>(params.grad_bias) + x * row, 0, row); });
+  return run_all(executor, matrices * dense.size, double(matrices) * dense.size * dense.size, [&](int64_t x, int64_t) { std::memset(static_cast<char*>(params.grad_bias) + x * row, 0, row); });
 }
 
 }  // namespace
@@ -287,7 +307,7 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, const Ex
   const size_t scratch = scratch_size<FwdScratch>(p, limits);
   const std::vector<Unit> units = fwd_units(p);
   const auto run = p.dtype == DType::kFloat64 ? kernels()->fwd_f64 : kernels()->fwd_f32;
-  return run_all(executor, int64_t(units.size()) * p.heads, [&](int64_t item, int64_t worker) {
+  return run_all(executor, int64_t(units.size()) * p.heads, total_cost(units, p), [&](int64_t item, int64_t worker) {
     run(params, task_of(units[item / p.heads], item % p.heads), limits, static_cast<char*>(workspace) + scratch * worker);
   });
 }
@@ -306,7 +326,7 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, const Ex
   if (params.grad_bias)
     if (Status status = clear_dense_grad(executor, params); !status.ok()) return status;
   const auto run = f64 ? kernels()->bwd_f64 : kernels()->bwd_f32;
-  Status status = run_all(executor, plan.lanes.size(), [&](int64_t lane, int64_t worker) {
+  Status status = run_all(executor, plan.lanes.size(), plan.work, [&](int64_t lane, int64_t worker) {
     SharedGrads shared{plan.position_size ? position_tables + plan.position_size * lane : nullptr, plan.time_size ? time_tables + plan.time_size * lane : nullptr, split};
     std::memset(position_tables + plan.position_size * lane, 0, plan.position_size);
     std::memset(time_tables + plan.time_size * lane, 0, plan.time_size);
@@ -314,7 +334,7 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, const Ex
   });
   if (status.ok() && split) {
     const auto merge = f64 ? kernels()->merge_f64 : kernels()->merge_f32;
-    status = run_all(executor, p.jagged.batch, [&](int64_t b, int64_t worker) {
+    status = run_all(executor, p.jagged.batch, plan.work, [&](int64_t b, int64_t worker) {
       merge(params, b, plan.parts(load_sequence(p.jagged, p.mask, b).mask.len), split, scratch + plan.scratch * worker);
     });
   }
