@@ -1,12 +1,14 @@
 // Offsets, targets and contextual lengths of one sequence: all reads of them happen here, once per sequence.
 //
-// No content can lead outside the tensors: bounds are clamped to [0, total], the first sequence starts at 0 and the last one
-// ends at total, so that together the sequences also cover every row (no output row stays unwritten).
+// No content can lead outside the tensors: bounds are clamped to [0, total], the first sequence starts at 0 and the
+// last one ends at total, so that together the sequences also cover every row (no output row stays unwritten).
 #pragma once
 
 #include "core/params.h"
 
 namespace hstu_ops {
+
+constexpr int64_t kMaxLength = 1 << 30;  // of a sequence: leaves int arithmetic on rows room
 
 struct Sequence {
   int64_t begin_q = 0, begin_kv = 0;  // first rows in the jagged tensors
@@ -30,7 +32,6 @@ HSTU_HD int64_t clamped_offset(const IntArray& offsets, int b, int batch, int64_
 HSTU_HD RowRange row_range(const IntArray& offsets, int b, int batch, int64_t total) {
   const int64_t begin = clamped_offset(offsets, b, batch, total), end = clamped_offset(offsets, b + 1, batch, total);
   const int64_t size = end > begin ? end - begin : 0;
-  constexpr int64_t kMaxLength = 1 << 30;  // leaves int arithmetic on rows room
   return {begin, static_cast<int>(size < kMaxLength ? size : kMaxLength)};
 }
 
@@ -47,7 +48,8 @@ HSTU_HD Sequence load_sequence(const JaggedParams& p, const MaskOptions& options
   s.begin_kv = kv.begin;
   s.num_q = q.size;
   s.first_row = kv.size - q.size;
-  s.mask = Mask::make(kv.size, clamped_length(p.num_targets, b, 0, kv.size), clamped_length(p.contextual_seq_lens, b, p.contextual_seq_len, kv.size), options);
+  s.mask = Mask::make(kv.size, clamped_length(p.num_targets, b, 0, kv.size),
+                      clamped_length(p.contextual_seq_lens, b, p.contextual_seq_len, kv.size), options);
   return s;
 }
 

@@ -21,10 +21,12 @@ namespace cpu {
 // The signature of libtorch's torch_parallel_for, which it is in the product.
 struct Executor {
   int threads = 1;
-  int (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) = nullptr;
+  int (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                      void* context) = nullptr;
 };
 
-// Bytes of scratch memory for `threads` threads, 64-byte aligned, contents irrelevant: O(total rows), never O(length^2).
+// Bytes of scratch memory for `threads` threads, 64-byte aligned, contents irrelevant: O(total rows), never
+// O(length^2).
 size_t attention_fwd_workspace(const AttentionFwdParams& params, int threads);
 size_t attention_bwd_workspace(const AttentionBwdParams& params, int threads);
 

@@ -1,7 +1,8 @@
 // The HSTU attention mask: one definition for every backend and direction.
 //
-// A row keeps at most three column intervals: global prefix, window, own target group. row() is the definition; everything
-// else (keep one element, skip a tile, a tile needs no mask, pairs of a problem) is derived from it, so a new mask is a new row().
+// A row keeps at most three column intervals: global prefix, window, own target group. row() is the definition;
+// everything else (keep one element, skip a tile, a tile needs no mask, pairs of a problem) is derived from it, so a
+// new mask is a new row().
 #pragma once
 
 #include <cstdint>
@@ -104,7 +105,8 @@ struct Mask {  // of one sequence; rows and columns run over [0, len)
   HSTU_HD bool covers(int m0, int m1, int n0, int n1) const {
     if (m0 < 0 || m1 > len || m0 >= m1 || n1 > history || kind(m0) != kind(m1 - 1)) return false;
     const RowSpans a = row(m0), b = row(m1 - 1);
-    return (a.window.contains(n0, n1) && b.window.contains(n0, n1)) || (a.prefix.contains(n0, n1) && b.prefix.contains(n0, n1));
+    return (a.window.contains(n0, n1) && b.window.contains(n0, n1)) ||
+           (a.prefix.contains(n0, n1) && b.prefix.contains(n0, n1));
   }
 
   // Pairs kept by rows [m0, len): what the operations of a problem are counted from.

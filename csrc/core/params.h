@@ -1,5 +1,5 @@
-// What a launcher takes: plain structs, no ownership. Strides count elements; a null pointer means the argument is absent.
-// "accumulation type" is float, or double when dtype is kFloat64.
+// What a launcher takes: plain structs, no ownership. Strides count elements; a null pointer means the argument is
+// absent. "accumulation type" is float, or double when dtype is kFloat64.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,7 @@ struct RelativeBiasParams {
 };
 
 struct DenseBiasParams {
-  const void* data = nullptr;                // accumulation type, [batch or 1, heads or 1, size, size]; beyond size the bias is 0
+  const void* data = nullptr;  // accumulation type, [batch or 1, heads or 1, size, size]; beyond size the bias is 0
   int64_t batch_stride = 0, head_stride = 0;  // 0: shared
   int64_t row_stride = 0;
   int size = 0;

@@ -1,5 +1,5 @@
-// SiLU and its derivative, from the value and its sigmoid, so that each backend may compute the sigmoid its own fastest way.
-// V is a float, a double or a vector of them.
+// SiLU and its derivative, from the value and its sigmoid, so that each backend may compute the sigmoid its own fastest
+// way. V is a float, a double or a vector of them.
 #pragma once
 
 #include "core/macros.h"

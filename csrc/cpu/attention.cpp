@@ -1,5 +1,5 @@
-// Attention on processors: checks the contents of the offsets, cuts the problem into tasks, longest first, and runs them on all
-// threads. The arithmetic is in attention_isa.cpp.
+// Attention on processors: checks the contents of the offsets, cuts the problem into tasks, longest first, and runs
+// them on all threads. The arithmetic is in attention_isa.cpp.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/content.h"
 #include "core/jagged.h"
 #include "cpu/work.h"
 
@@ -19,6 +20,7 @@ constexpr int kFwdTasks = 64;      // below this tasks get fewer rows
 constexpr int kMaxParts = 8;       // of a sequence's columns in the backward
 constexpr int kBwdTasks = 16;      // below this the longest sequences are split
 constexpr int kLanesWanted = 128;  // lanes that collect table gradients; bounds memory, not correctness
+constexpr const char* kNoKernels = "HSTU_OPS_ISA: expected an instruction set that this processor and this build have";
 constexpr double kThreadWork = 1 << 20;  // multiplications that pay for waking a thread
 
 const Kernels* find_kernels() {
@@ -26,10 +28,13 @@ const Kernels* find_kernels() {
   const auto usable = [&](const Kernels& k) { return !wanted || !std::strcmp(wanted, k.name); };
 #ifdef HSTU_X86
   __builtin_cpu_init();
-  if (usable(avx512::kernels) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma"))
+  if (usable(avx512::kernels) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma"))
     return &avx512::kernels;
-  if (usable(avx2::kernels) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return &avx2::kernels;
+  if (usable(avx2::kernels) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2"))
+    return &avx2::kernels;
 #endif
   return usable(generic::kernels) ? &generic::kernels : nullptr;
 }
@@ -42,32 +47,6 @@ const Kernels* kernels() {
 size_t element_size(const AttentionProblem& p) { return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
 
 size_t rounded(size_t bytes) { return (bytes + kMaxVectorBytes - 1) / kMaxVectorBytes * kMaxVectorBytes; }
-
-Status error(const std::string& message) { return {message}; }
-
-Status check_offsets(const char* name, const IntArray& offsets, int batch, int64_t total) {
-  if (offsets[0] != 0) return error(std::string(name) + ": expected to start at 0, got " + std::to_string(offsets[0]));
-  for (int b = 0; b < batch; ++b)
-    if (offsets[b + 1] < offsets[b] || offsets[b + 1] - offsets[b] >= (1 << 30))
-      return error(std::string(name) + ": expected to rise by 0 to 2^30 rows a sequence, got " + std::to_string(offsets[b]) + " then " + std::to_string(offsets[b + 1]) + " at index " + std::to_string(b));
-  if (offsets[batch] != total) return error(std::string(name) + ": expected to end at the " + std::to_string(total) + " rows there are, got " + std::to_string(offsets[batch]));
-  return {};
-}
-
-Status check_content(const JaggedParams& p) {
-  Status status = check_offsets("seq_offsets", p.offsets, p.batch, p.total_kv);
-  if (status.ok() && p.offsets_q) status = check_offsets("seq_offsets_q", p.offsets_q, p.batch, p.total_q);
-  for (int b = 0; status.ok() && b < p.batch; ++b) {
-    const int64_t keys = p.offsets[b + 1] - p.offsets[b];
-    const std::string sequence = " in sequence " + std::to_string(b) + " of " + std::to_string(keys) + " rows";
-    if (p.offsets_q && p.offsets_q[b + 1] - p.offsets_q[b] > keys)
-      return error("seq_offsets_q: expected at most as many queries as keys, got " + std::to_string(p.offsets_q[b + 1] - p.offsets_q[b]) + sequence);
-    if (p.num_targets && (p.num_targets[b] < 0 || p.num_targets[b] > keys))
-      return error("num_targets: expected 0 to the sequence's length, got " + std::to_string(p.num_targets[b]) + sequence);
-    if (p.contextual_seq_lens && p.contextual_seq_lens[b] < 0) return error("contextual_seq_len: expected at least 0, got " + std::to_string(p.contextual_seq_lens[b]) + sequence);
-  }
-  return status;
-}
 
 // One thread after another takes the next of `count` items; run(item, worker). `work` bounds the threads woken.
 template <class Run>
@@ -88,7 +67,7 @@ Status run_all(const Executor& executor, int64_t count, double work, const Run& 
     take(0, 1, &shared);
     return {};
   }
-  return executor.parallel_for(0, workers, 1, take, &shared) ? error("a worker thread failed") : Status{};
+  return executor.parallel_for(0, workers, 1, take, &shared) ? Status{"a worker thread failed"} : Status{};
 }
 
 // Scores computed for rows [row_begin, row_end) of the mask x columns [col_begin, col_end), in tiles' granularity.
@@ -172,11 +151,13 @@ struct BwdPlan {
     int head = 0;
   };
   std::vector<Lane> lanes;
-  double work = 0;  // multiplications
+  double work = 0;                                                       // multiplications
   size_t scratch = 0, position_size = 0, time_size = 0, split_size = 0;  // bytes; the tables' of one lane
 
   int parts(int cols) const { return part_cols ? std::max(ceil_div(cols, part_cols), 1) : 1; }
-  size_t workspace(int threads) const { return scratch * threads + lanes.size() * (position_size + time_size) + split_size; }
+  size_t workspace(int threads) const {
+    return scratch * threads + lanes.size() * (position_size + time_size) + split_size;
+  }
 };
 
 void split_columns(const AttentionProblem& p, BwdPlan& plan) {
@@ -198,7 +179,8 @@ std::vector<Unit> bwd_units(const AttentionProblem& p, const BwdPlan& plan) {
   for (int b = 0; b < p.jagged.batch; ++b) {
     const Sequence s = load_sequence(p.jagged, p.mask, b);
     for (int part = 0; part < plan.parts(s.mask.len) && s.mask.len > 0; ++part) {
-      const int begin = part * plan.part_cols, end = plan.part_cols ? std::min(begin + plan.part_cols, s.mask.len) : s.mask.len;
+      const int begin = part * plan.part_cols,
+                end = plan.part_cols ? std::min(begin + plan.part_cols, s.mask.len) : s.mask.len;
       units.push_back({b, begin, end, part, cost_of(s.mask, s.first_row, s.mask.len, begin, end)});
     }
   }
@@ -206,9 +188,9 @@ std::vector<Unit> bwd_units(const AttentionProblem& p, const BwdPlan& plan) {
   return units;
 }
 
-// Which tasks may not run at the same time follows from what they share: a table's gradient needs a copy a lane, so there are few
-// lanes, one head's each; a dense bias shared by sequences or heads has one gradient, so tasks that add to the same entries
-// (same head, same part of the columns) share a lane; else every task is a lane of its own.
+// Which tasks may not run at the same time follows from what they share: a table's gradient needs a copy a lane, so
+// there are few lanes, one head's each; a dense bias shared by sequences or heads has one gradient, so tasks that add
+// to the same entries (same head, same part of the columns) share a lane; else every task is a lane of its own.
 void fill_lanes(const AttentionBwdParams& params, BwdPlan& plan) {
   const AttentionProblem& p = params.problem;
   const std::vector<Unit> units = bwd_units(p, plan);
@@ -219,7 +201,8 @@ void fill_lanes(const AttentionBwdParams& params, BwdPlan& plan) {
   if (tables) {
     plan.lanes.resize(size_t(per_head) * p.heads);
   } else if (shared_bias) {
-    plan.lanes.resize(size_t(p.dense.batch_stride ? p.jagged.batch : 1) * (p.dense.head_stride ? p.heads : 1) * plan.max_parts);
+    plan.lanes.resize(size_t(p.dense.batch_stride ? p.jagged.batch : 1) * (p.dense.head_stride ? p.heads : 1) *
+                      plan.max_parts);
   } else {
     plan.lanes.resize(units.size() * p.heads);
   }
@@ -233,14 +216,18 @@ void fill_lanes(const AttentionBwdParams& params, BwdPlan& plan) {
       if (tables) {
         lane = lightest * p.heads + head;
       } else if (shared_bias) {
-        lane = ((p.dense.batch_stride ? unit.sequence : 0) * size_t(p.dense.head_stride ? p.heads : 1) + (p.dense.head_stride ? head : 0)) * plan.max_parts + unit.part;
+        lane = ((p.dense.batch_stride ? unit.sequence : 0) * size_t(p.dense.head_stride ? p.heads : 1) +
+                (p.dense.head_stride ? head : 0)) *
+                   plan.max_parts +
+               unit.part;
       }
       plan.lanes[lane].head = head;
       plan.lanes[lane].cost += unit.cost;
       plan.lanes[lane].tasks.push_back(task_of(unit, head));
     }
   }
-  std::stable_sort(plan.lanes.begin(), plan.lanes.end(), [](const BwdPlan::Lane& a, const BwdPlan::Lane& b) { return a.cost > b.cost; });
+  std::stable_sort(plan.lanes.begin(), plan.lanes.end(),
+                   [](const BwdPlan::Lane& a, const BwdPlan::Lane& b) { return a.cost > b.cost; });
 }
 
 BwdPlan make_plan(const AttentionBwdParams& params) {
@@ -262,7 +249,8 @@ BwdPlan make_plan(const AttentionBwdParams& params) {
 
 // table[head row][x] = sum over the lanes of that row, in the lanes' order, of their `copies` numbers each.
 template <class C>
-void sum_lanes(const BwdPlan& plan, const char* tables, size_t stride, int64_t row_size, int copies, int64_t rows, int64_t index, void* table) {
+void sum_lanes(const BwdPlan& plan, const char* tables, size_t stride, int64_t row_size, int copies, int64_t rows,
+               int64_t index, void* table) {
   const int64_t row = index / row_size, x = index % row_size;
   C total = 0;
   for (size_t lane = 0; lane < plan.lanes.size(); ++lane) {
@@ -273,20 +261,25 @@ void sum_lanes(const BwdPlan& plan, const char* tables, size_t stride, int64_t r
   static_cast<C*>(table)[index] = total;
 }
 
-Status sum_table(const Executor& executor, const AttentionProblem& p, const BwdPlan& plan, const char* tables, size_t stride, int64_t row_size, int copies, bool per_head, void* table) {
+Status sum_table(const Executor& executor, const AttentionProblem& p, const BwdPlan& plan, const char* tables,
+                 size_t stride, int64_t row_size, int copies, bool per_head, void* table) {
   const int64_t rows = per_head ? p.heads : 1;
   constexpr int64_t kChunk = 512;
-  return run_all(executor, (rows * row_size + kChunk - 1) / kChunk, double(rows * row_size) * plan.lanes.size(), [&](int64_t chunk, int64_t) {
-    const auto sum = p.dtype == DType::kFloat64 ? sum_lanes<double> : sum_lanes<float>;
-    for (int64_t x = chunk * kChunk; x < std::min((chunk + 1) * kChunk, rows * row_size); ++x) sum(plan, tables, stride, row_size, copies, rows, x, table);
-  });
+  return run_all(executor, (rows * row_size + kChunk - 1) / kChunk, double(rows * row_size) * plan.lanes.size(),
+                 [&](int64_t chunk, int64_t) {
+                   const auto sum = p.dtype == DType::kFloat64 ? sum_lanes<double> : sum_lanes<float>;
+                   for (int64_t x = chunk * kChunk; x < std::min((chunk + 1) * kChunk, rows * row_size); ++x)
+                     sum(plan, tables, stride, row_size, copies, rows, x, table);
+                 });
 }
 
 Status clear_dense_grad(const Executor& executor, const AttentionBwdParams& params) {
   const DenseBiasParams& dense = params.problem.dense;
-  const int64_t matrices = int64_t{dense.batch_stride ? params.problem.jagged.batch : 1} * (dense.head_stride ? params.problem.heads : 1);
+  const int64_t matrices =
+      int64_t{dense.batch_stride ? params.problem.jagged.batch : 1} * (dense.head_stride ? params.problem.heads : 1);
   const size_t row = size_t(dense.size) * element_size(params.problem);
-  return run_all(executor, matrices * dense.size, double(matrices) * dense.size * dense.size, [&](int64_t x, int64_t) { std::memset(static_cast<char*>(params.grad_bias) + x * row, 0, row); });
+  return run_all(executor, matrices * dense.size, double(matrices) * dense.size * dense.size,
+                 [&](int64_t x, int64_t) { std::memset(static_cast<char*>(params.grad_bias) + x * row, 0, row); });
 }
 
 }  // namespace
@@ -297,25 +290,28 @@ size_t attention_fwd_workspace(const AttentionFwdParams& params, int threads) {
   return scratch_size<FwdScratch>(params.problem, limits_of(params.problem, false)) * threads;
 }
 
-size_t attention_bwd_workspace(const AttentionBwdParams& params, int threads) { return make_plan(params).workspace(threads); }
+size_t attention_bwd_workspace(const AttentionBwdParams& params, int threads) {
+  return make_plan(params).workspace(threads);
+}
 
 Status attention_fwd(const AttentionFwdParams& params, void* workspace, const Executor& executor) {
   const AttentionProblem& p = params.problem;
-  if (!kernels()) return error("HSTU_OPS_ISA: this processor or build does not have it");
+  if (!kernels()) return {kNoKernels};
   if (Status status = check_content(p.jagged); !status.ok()) return status;
   const Limits limits = limits_of(p, false);
   const size_t scratch = scratch_size<FwdScratch>(p, limits);
   const std::vector<Unit> units = fwd_units(p);
   const auto run = p.dtype == DType::kFloat64 ? kernels()->fwd_f64 : kernels()->fwd_f32;
   return run_all(executor, int64_t(units.size()) * p.heads, total_cost(units, p), [&](int64_t item, int64_t worker) {
-    run(params, task_of(units[item / p.heads], item % p.heads), limits, static_cast<char*>(workspace) + scratch * worker);
+    run(params, task_of(units[item / p.heads], item % p.heads), limits,
+        static_cast<char*>(workspace) + scratch * worker);
   });
 }
 
 Status attention_bwd(const AttentionBwdParams& params, void* workspace, const Executor& executor) {
   const AttentionProblem& p = params.problem;
   const bool f64 = p.dtype == DType::kFloat64;
-  if (!kernels()) return error("HSTU_OPS_ISA: this processor or build does not have it");
+  if (!kernels()) return {kNoKernels};
   if (Status status = check_content(p.jagged); !status.ok()) return status;
   const BwdPlan plan = make_plan(params);
   char* const scratch = static_cast<char*>(workspace);
@@ -327,10 +323,12 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, const Ex
     if (Status status = clear_dense_grad(executor, params); !status.ok()) return status;
   const auto run = f64 ? kernels()->bwd_f64 : kernels()->bwd_f32;
   Status status = run_all(executor, plan.lanes.size(), plan.work, [&](int64_t lane, int64_t worker) {
-    SharedGrads shared{plan.position_size ? position_tables + plan.position_size * lane : nullptr, plan.time_size ? time_tables + plan.time_size * lane : nullptr, split};
+    SharedGrads shared{plan.position_size ? position_tables + plan.position_size * lane : nullptr,
+                       plan.time_size ? time_tables + plan.time_size * lane : nullptr, split};
     std::memset(position_tables + plan.position_size * lane, 0, plan.position_size);
     std::memset(time_tables + plan.time_size * lane, 0, plan.time_size);
-    for (const Task& task : plan.lanes[lane].tasks) run(params, task, plan.limits, shared, scratch + plan.scratch * worker);
+    for (const Task& task : plan.lanes[lane].tasks)
+      run(params, task, plan.limits, shared, scratch + plan.scratch * worker);
   });
   if (status.ok() && split) {
     const auto merge = f64 ? kernels()->merge_f64 : kernels()->merge_f32;
@@ -339,9 +337,11 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, const Ex
     });
   }
   if (status.ok() && plan.position_size)
-    status = sum_table(executor, p, plan, position_tables, plan.position_size, 2 * int64_t{p.relative.positions} - 1, 1, p.relative.position_head_stride, params.grad_position_weight);
+    status = sum_table(executor, p, plan, position_tables, plan.position_size, 2 * int64_t{p.relative.positions} - 1, 1,
+                       p.relative.position_head_stride, params.grad_position_weight);
   if (status.ok() && plan.time_size)
-    status = sum_table(executor, p, plan, time_tables, plan.time_size, int64_t{p.relative.num_boundaries} + 1, kMaxVectorBytes / element_size(p), p.relative.time_head_stride, params.grad_time_weight);
+    status = sum_table(executor, p, plan, time_tables, plan.time_size, int64_t{p.relative.num_boundaries} + 1,
+                       kMaxVectorBytes / element_size(p), p.relative.time_head_stride, params.grad_time_weight);
   return status;
 }
 

@@ -1,4 +1,5 @@
-// The CPU kernels of one instruction set: compiled once for each, in a namespace of its own (HSTU_ISA). Used by attention.cpp.
+// The CPU kernels of one instruction set: compiled once for each, in a namespace of its own (HSTU_ISA). Used by
+// attention.cpp.
 #include "cpu/bwd.h"
 #include "cpu/fwd.h"
 
@@ -22,7 +23,8 @@ void fwd(const AttentionFwdParams& params, const Task& task, const Limits& limit
 }
 
 template <class C>
-void bwd(const AttentionBwdParams& params, const Task& task, const Limits& limits, const SharedGrads& shared, void* memory) {
+void bwd(const AttentionBwdParams& params, const Task& task, const Limits& limits, const SharedGrads& shared,
+         void* memory) {
   const BwdScratch<C> scratch = carve<BwdScratch<C>>(params.problem, limits, memory);
   Backward<C>(params, task, shared, scratch).run();
 }

@@ -1,9 +1,10 @@
-// The relative and dense bias of a strip of scores, and their gradients, found a row of a tile at a time: the same table entries
-// as core/bias.h gives for each element.
+// The relative and dense bias of a strip of scores, and their gradients, found a row of a tile at a time: the same
+// table entries as core/bias.h gives for each element.
 //
 // Position: weights are copied once a task to an array by distance, so that a row reads a contiguous run of it.
-// Time: the bucket range of a row follows from the oldest and the newest key of the tile. Far from the diagonal that is one
-// bucket; a few are told apart by comparing timestamps; many (or differences too wide for that) are looked up one by one.
+// Time: the bucket range of a row follows from the oldest and the newest key of the tile. Far from the diagonal that is
+// one bucket; a few are told apart by comparing timestamps; many (or differences too wide for that) are looked up one
+// by one.
 #pragma once
 
 #include "core/bias.h"
@@ -20,21 +21,29 @@ template <class C>
 class Bias {
  public:
   // Rows [row_begin, row_end) of the mask against any column; begin_q is the jagged row of mask row 0.
-  Bias(const AttentionProblem& problem, const Sequence& sequence, int b, int head, int row_begin, int row_end, const BiasScratch<C>& scratch, C* grad_time = nullptr)
-      : relative_(problem.relative), dense_(problem.dense), mask_(sequence.mask), scratch_(scratch), grad_time_(grad_time) {
+  Bias(const AttentionProblem& problem, const Sequence& sequence, int b, int head, int row_begin, int row_end,
+       const BiasScratch<C>& scratch, C* grad_time = nullptr)
+      : relative_(problem.relative),
+        dense_(problem.dense),
+        mask_(sequence.mask),
+        scratch_(scratch),
+        grad_time_(grad_time) {
     if (relative_.position_weight) {
       position_weight_ = static_cast<const C*>(relative_.position_weight) + head * relative_.position_head_stride;
       first_distance_ = -mask_.position(row_end - 1);
       num_distances_ = mask_.position(mask_.len - 1) - mask_.position(row_begin) - first_distance_ + 1;
-      for (int x = 0; x < num_distances_; ++x) scratch_.position[x] = position_weight_[position_index(0, x + first_distance_, relative_.positions)];
+      for (int x = 0; x < num_distances_; ++x)
+        scratch_.position[x] = position_weight_[position_index(0, x + first_distance_, relative_.positions)];
       for (int x = num_distances_; x < num_distances_ + kBlockCols; ++x) scratch_.position[x] = 0;
     }
     if (relative_.time_weight) {
       time_weight_ = static_cast<const C*>(relative_.time_weight) + head * relative_.time_head_stride;
       keys_ = relative_.timestamps + sequence.begin_kv;
-      queries_ = relative_.query_timestamps ? relative_.query_timestamps + sequence.begin_q - sequence.first_row : keys_;
+      queries_ =
+          relative_.query_timestamps ? relative_.query_timestamps + sequence.begin_q - sequence.first_row : keys_;
     }
-    if (dense_.data) dense_data_ = static_cast<const C*>(dense_.data) + b * dense_.batch_stride + head * dense_.head_stride;
+    if (dense_.data)
+      dense_data_ = static_cast<const C*>(dense_.data) + b * dense_.batch_stride + head * dense_.head_stride;
   }
 
   bool any() const { return position_weight_ || time_weight_ || dense_data_; }
@@ -45,7 +54,8 @@ class Bias {
 
   // Adds what clear_position_grad() .. add_row_grad() collected to a table of 2 * positions - 1.
   void flush_position_grad(C* table) const {
-    for (int x = 0; x < num_distances_; ++x) table[position_index(0, x + first_distance_, relative_.positions)] += scratch_.grad_position[x];
+    for (int x = 0; x < num_distances_; ++x)
+      table[position_index(0, x + first_distance_, relative_.positions)] += scratch_.grad_position[x];
   }
 
   // The tile's columns are [begin, end).
@@ -136,7 +146,8 @@ class Bias {
     one_by_one_ = compares > 0 && (!comparable_ || compares > kMostCompares);
     if (one_by_one_) return;
     // A key is in bucket lo_bucket_ + b or a later one iff it is at most threshold_[b] younger than the tile's oldest.
-    for (int b = 1; b <= compares; ++b) threshold_[b] = static_cast<Int>(most - relative_.time_boundaries[lo_bucket_ + b - 1]);
+    for (int b = 1; b <= compares; ++b)
+      threshold_[b] = static_cast<Int>(most - relative_.time_boundaries[lo_bucket_ + b - 1]);
   }
 
   IntVec<C> in_bucket_or_later(int b, int j) const {
@@ -223,7 +234,7 @@ class Bias {
   int begin_ = 0, end_ = 0;
   bool consecutive_ = false;  // positions of the tile's columns rise by one
   int64_t oldest_ = 0, newest_ = 0;
-  bool comparable_ = false;   // timestamps of the tile's keys differ by less than 2^31
+  bool comparable_ = false;  // timestamps of the tile's keys differ by less than 2^31
   Int since_oldest_[kBlockCols] = {};
 
   int64_t query_time_ = 0;

@@ -91,17 +91,23 @@ void store_row(const C* src, int dim, C factor, typename Type::Storage* dst) {
   }
 }
 
-HSTU_INLINE int64_t row_offset(const View& view, int64_t row, int head) { return row * view.row_stride + head * view.head_stride; }
+HSTU_INLINE int64_t row_offset(const View& view, int64_t row, int head) {
+  return row * view.row_stride + head * view.head_stride;
+}
 
 // Row `row` of head `head` of a tensor of the given type.
-HSTU_INLINE void load_row(DType dtype, const View& view, int64_t row, int head, int dim, double factor, double* dst, int padded) {
+HSTU_INLINE void load_row(DType dtype, const View& view, int64_t row, int head, int dim, double factor, double* dst,
+                          int padded) {
   (void)dtype;
   load_row<Float64>(static_cast<const double*>(view.data) + row_offset(view, row, head), dim, factor, dst, padded);
 }
-inline void load_row(DType dtype, const View& view, int64_t row, int head, int dim, float factor, float* dst, int padded) {
+inline void load_row(DType dtype, const View& view, int64_t row, int head, int dim, float factor, float* dst,
+                     int padded) {
   const int64_t at = row_offset(view, row, head);
-  if (dtype == DType::kFloat32) return load_row<Float32>(static_cast<const float*>(view.data) + at, dim, factor, dst, padded);
-  if (dtype == DType::kBFloat16) return load_row<BFloat16>(static_cast<const uint16_t*>(view.data) + at, dim, factor, dst, padded);
+  if (dtype == DType::kFloat32)
+    return load_row<Float32>(static_cast<const float*>(view.data) + at, dim, factor, dst, padded);
+  if (dtype == DType::kBFloat16)
+    return load_row<BFloat16>(static_cast<const uint16_t*>(view.data) + at, dim, factor, dst, padded);
   load_row<Float16>(static_cast<const uint16_t*>(view.data) + at, dim, factor, dst, padded);
 }
 inline void store_row(DType dtype, const View& view, int64_t row, int head, int dim, double factor, const double* src) {

@@ -4,7 +4,8 @@
 //     copy K (transposed) and V to the accumulation type
 //     for each strip of rows: S = Q K^T, P = keep * silu(S + bias), O += P V
 //
-// A strip of S never leaves the first-level cache. Strips skip the columns none of their rows keeps. Used by attention_isa.cpp.
+// A strip of S never leaves the first-level cache. Strips skip the columns none of their rows keeps. Used by
+// attention_isa.cpp.
 #pragma once
 
 #include "cpu/convert.h"
@@ -19,7 +20,11 @@ template <class C>
 class Forward {
  public:
   Forward(const AttentionFwdParams& params, const Task& task, const FwdScratch<C>& scratch)
-      : p_(params.problem), out_(params.out), task_(task), scratch_(scratch), seq_(load_sequence(p_.jagged, p_.mask, task.sequence)),
+      : p_(params.problem),
+        out_(params.out),
+        task_(task),
+        scratch_(scratch),
+        seq_(load_sequence(p_.jagged, p_.mask, task.sequence)),
         bias_(p_, seq_, task.sequence, task.head, row(0), row(rows()), scratch.bias) {}
 
   void run() {
@@ -43,7 +48,8 @@ class Forward {
 
   void load_queries() {
     for (int r = 0; r < rows(); ++r)
-      load_row(p_.dtype, p_.q, seq_.begin_q + task_.begin + r, task_.head, p_.dim_qk, static_cast<C>(p_.alpha), scratch_.q + int64_t{r} * dqk(), dqk());
+      load_row(p_.dtype, p_.q, seq_.begin_q + task_.begin + r, task_.head, p_.dim_qk, static_cast<C>(p_.alpha),
+               scratch_.q + int64_t{r} * dqk(), dqk());
     for (int64_t x = 0; x < int64_t{rows()} * dv(); ++x) scratch_.out[x] = 0;
   }
 
@@ -60,20 +66,23 @@ class Forward {
     const StripColumns cols = strip_columns<C>(seq_.mask, row(r0), row(r1), begin, end);
     if (cols.empty()) return;
     const Tile<C> s{scratch_.s, kBlockCols};
-    gemm<Operand::kAsIs, Output::kOverwrite, C>(r1 - r0, cols.vector_hi - cols.vector_lo, p_.dim_qk, {scratch_.q + int64_t{r0} * dqk(), dqk()},
-                                                {scratch_.k_t + cols.vector_lo, kBlockCols}, {s.at(0, cols.vector_lo), s.ld});
+    gemm<Operand::kAsIs, Output::kOverwrite, C>(
+        r1 - r0, cols.vector_hi - cols.vector_lo, p_.dim_qk, {scratch_.q + int64_t{r0} * dqk(), dqk()},
+        {scratch_.k_t + cols.vector_lo, kBlockCols}, {s.at(0, cols.vector_lo), s.ld});
     for (int r = r0; r < r1; ++r) {
       if (bias_.any()) bias_.add_row(row(r), cols.vector_lo, cols.vector_hi, s.at(r - r0, 0));
       activate(seq_.mask, row(r), begin, cols, s.at(r - r0, 0));
     }
-    gemm<Operand::kAsIs, Output::kAccumulate, C>(r1 - r0, dv(), cols.hi - cols.lo, {s.at(0, cols.lo), s.ld}, {scratch_.v + cols.lo * dv(), dv()},
+    gemm<Operand::kAsIs, Output::kAccumulate, C>(r1 - r0, dv(), cols.hi - cols.lo, {s.at(0, cols.lo), s.ld},
+                                                 {scratch_.v + cols.lo * dv(), dv()},
                                                  {scratch_.out + int64_t{r0} * dv(), dv()});
   }
 
   void store_output() const {
     for (int r = 0; r < rows(); ++r) {
       const int64_t at = seq_.begin_q + task_.begin + r;
-      store_row(p_.dtype, out_, at, task_.head, p_.dim_v, row_scale<C>(p_.scale, task_.sequence, at), scratch_.out + int64_t{r} * dv());
+      store_row(p_.dtype, out_, at, task_.head, p_.dim_v, row_scale<C>(p_.scale, task_.sequence, at),
+                scratch_.out + int64_t{r} * dv());
     }
   }
 

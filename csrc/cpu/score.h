@@ -1,4 +1,5 @@
-// From products to probabilities: bias, mask and SiLU of one row of a tile, and the way back. Used by forward and backward.
+// From products to probabilities: bias, mask and SiLU of one row of a tile, and the way back. Used by forward and
+// backward.
 #pragma once
 
 #include "core/silu.h"
@@ -11,7 +12,8 @@ namespace {
 
 constexpr int kStripRows = kRowsInRegisters;  // rows that one product keeps in registers
 
-// The part of a tile a strip of rows keeps anything of: columns [lo, hi) of the tile, and the same widened to whole vectors.
+// The part of a tile a strip of rows keeps anything of: columns [lo, hi) of the tile, and the same widened to whole
+// vectors.
 struct StripColumns {
   int lo, hi;
   int vector_lo, vector_hi;
@@ -55,7 +57,9 @@ class KeptLanes {
 
  private:
   using Int = typename Simd<C>::Int;
-  static HSTU_INLINE IntVec<C> inside(const Interval& part, IntVec<C> col) { return (col >= static_cast<Int>(part.lo)) & (col < static_cast<Int>(part.hi)); }
+  static HSTU_INLINE IntVec<C> inside(const Interval& part, IntVec<C> col) {
+    return (col >= static_cast<Int>(part.lo)) & (col < static_cast<Int>(part.hi));
+  }
 
   RowSpans row_;
   int col_begin_;

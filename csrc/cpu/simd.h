@@ -105,9 +105,9 @@ HSTU_INLINE Vec<float> exp_reduced(Vec<float> f) {
   return p * (f * f) + (f + 1.f);
 }
 HSTU_INLINE Vec<double> exp_reduced(Vec<double> f) {
-  constexpr double kInverseFactorial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                          1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-                                          1.0 / 6,          1.0 / 2,         1.0,            1.0};
+  constexpr double kInverseFactorial[] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+      1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
   Vec<double> p = broadcast(kInverseFactorial[0]);
   HSTU_UNROLL
   for (int i = 1; i < 14; ++i) p = p * f + kInverseFactorial[i];

@@ -1,5 +1,5 @@
-// How an attention problem is cut into tasks, shared by the scheduler (attention.cpp) and the kernels. None of it depends on
-// the number of threads or the instruction set, so neither does any bit of the result.
+// How an attention problem is cut into tasks, shared by the scheduler (attention.cpp) and the kernels. None of it
+// depends on the number of threads or the instruction set, so neither does any bit of the result.
 #pragma once
 
 #include <cstddef>
@@ -14,16 +14,16 @@ constexpr int kBlockCols = 64;  // columns of a tile
 constexpr int kBlockRows = 64;  // rows of a tile in the backward; the strips of every instruction set fit
 constexpr int kMaxVectorBytes = 64;
 
-// Forward: rows [begin, end) of the queries of one sequence and head. Backward: columns [begin, end) of its keys, whose share of
-// grad_q goes to part `part` of the split buffer, if there is one.
+// Forward: rows [begin, end) of the queries of one sequence and head. Backward: columns [begin, end) of its keys, whose
+// share of grad_q goes to part `part` of the split buffer, if there is one.
 struct Task {
   int sequence, head;
   int begin, end;
   int part;
 };
 
-// Where the backward collects gradients that several tasks share; accumulation type, null where not wanted. A lane is a list of
-// tasks that run one after another, so its tables need no lock and the order of its sums is fixed.
+// Where the backward collects gradients that several tasks share; accumulation type, null where not wanted. A lane is a
+// list of tasks that run one after another, so its tables need no lock and the order of its sums is fixed.
 struct SharedGrads {
   void* position_weight;  // of this lane: [2 * positions - 1], added to
   void* time_weight;      // of this lane: [num_boundaries + 1][kMaxVectorBytes / size], added to
@@ -73,9 +73,9 @@ struct BiasScratch {
 
 template <class C>
 struct FwdScratch {
-  C *q, *out;         // [rows][padded dim]
-  C *k, *k_t, *v;     // one block of columns: [cols][padded dim], k_t [dim][cols]
-  C* s;               // one strip of scores
+  C *q, *out;      // [rows][padded dim]
+  C *k, *k_t, *v;  // one block of columns: [cols][padded dim], k_t [dim][cols]
+  C* s;            // one strip of scores
   BiasScratch<C> bias;
 
   HSTU_HD void layout(Arena& arena, const AttentionProblem& p, const Limits& limits) {
@@ -92,10 +92,10 @@ struct FwdScratch {
 
 template <class C>
 struct BwdScratch {
-  C *q, *grad_out, *grad_q;         // [rows][padded dim]
-  C *k, *k_t, *v_t;                 // one block of columns
-  C *grad_k, *grad_v;               // [cols][padded dim]
-  C *p, *ds;                        // tiles
+  C *q, *grad_out, *grad_q;  // [rows][padded dim]
+  C *k, *k_t, *v_t;          // one block of columns
+  C *grad_k, *grad_v;        // [cols][padded dim]
+  C *p, *ds;                 // tiles
   BiasScratch<C> bias;
 
   HSTU_HD void layout(Arena& arena, const AttentionProblem& problem, const Limits& limits) {
