@@ -2,11 +2,16 @@
 
 >>> out = hstu_ops.hstu_attention(q, k, v, seq_offsets, max_seq_len)
 
-`hstu_ops.hstu_attention` is the op, `hstu_ops.RelativeAttentionBias` the module that owns bias tables, `hstu_ops.reference` the same
-mathematics in plain PyTorch. `python -m hstu_ops` prints what this build holds and checks it.
+`hstu_ops.hstu_attention` is the op, `hstu_ops.RelativeAttentionBias` the module that owns bias tables,
+`hstu_ops.reference` the same mathematics in plain PyTorch. `python -m hstu_ops` prints what this build holds and checks
+it.
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from pkgutil import extend_path
+
+# Inside a clone, `python -m hstu_ops` imports the source tree; the libraries are then those of the installed copy.
+__path__ = extend_path(__path__, __name__)
 
 from . import reference
 from ._library import build_info
@@ -18,4 +23,12 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["RelativeAttentionBias", "RelativeBias", "TimeBuckets", "__version__", "build_info", "hstu_attention", "reference"]
+__all__ = [
+    "RelativeAttentionBias",
+    "RelativeBias",
+    "TimeBuckets",
+    "__version__",
+    "build_info",
+    "hstu_attention",
+    "reference",
+]

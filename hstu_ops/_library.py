@@ -11,6 +11,7 @@ A direct call of `torch.ops.hstu_ops.attention_fwd` behaves the same through the
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from .bias import accumulation_dtype
 
-_LIBRARY = Path(__file__).with_name("libhstu_ops.so")
 _MIN_TORCH = (2, 10)
 _NUM_ARGS = 24  # of attention_fwd; attention_bwd takes grad_out, these, need_bias_grad, deterministic
 _BIAS, _POSITION_WEIGHT, _TIME_WEIGHT = 17, 18, 19
@@ -28,17 +28,20 @@ _DIFFERENTIABLE = (0, 1, 2, _BIAS, _POSITION_WEIGHT, _TIME_WEIGHT)
 
 def _load() -> None:
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < _MIN_TORCH:
-        raise ImportError(f"hstu_ops needs torch >= 2.10, found {torch.__version__}: pip install --upgrade 'torch>=2.10'")
-    try:
-        torch.ops.load_library(str(_LIBRARY))
-    except OSError as error:
-        if not _LIBRARY.exists():
-            raise ImportError(
-                f"{_LIBRARY} is missing, so hstu_ops was not built: run `pip install .` (or `pip install -e .` to import it"
-                " from the source tree) in the repository"
-            ) from error
         raise ImportError(
-            f"{_LIBRARY} does not load on this machine ({error}): rebuild it here with `pip install --force-reinstall .`"
+            f"hstu_ops needs torch >= 2.10, found {torch.__version__}: run `pip install --upgrade 'torch>=2.10'`"
+        )
+    # More than one folder in a source tree beside an installed copy; see __init__.py.
+    built = [x for folder in sys.modules[__package__].__path__ if (x := Path(folder, "libhstu_ops.so")).exists()]
+    if not built:
+        raise ImportError(
+            f"hstu_ops is not built (nothing in {Path(__file__).parent}): run `pip install .` in its repository"
+        )
+    try:
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        raise ImportError(
+            f"{built[0]} does not load ({error}): rebuild it on this machine with `pip install --force-reinstall .`"
         ) from error
 
 
@@ -47,19 +50,16 @@ _ops = torch.ops.hstu_ops
 _fwd, _bwd = _ops.attention_fwd.default, _ops.attention_bwd.default
 _lib = torch.library.Library("hstu_ops", "IMPL")  # the registrations below live as long as this object
 
-DEVICE_TYPES = frozenset(
-    device
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta"))
-    if key == "Meta" or torch._C._dispatch_has_kernel_for_dispatch_key("hstu_ops::attention_fwd", key)
-)
-
 
 def build_info() -> dict[str, str]:
     """What this build holds, as the library reports it: instruction sets, CUDA architectures, versions."""
     return dict(line.split("=", 1) for line in _ops.build_info().splitlines() if "=" in line)
 
 
-# ---- shapes without data ----------------------------------------------------------------------------------------------
+DEVICE_TYPES = ("cpu", "meta", *(("cuda",) if build_info().get("cuda_archs") else ()))
+
+
+# ---- shapes without data ---------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("hstu_ops::attention_fwd", lib=_lib)
@@ -71,13 +71,15 @@ def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tenso
 def _attention_bwd_fake(grad_out: Tensor, *args: object) -> tuple[Tensor, ...]:
     args, need_bias_grad = args[:_NUM_ARGS], args[_NUM_ARGS]
     q, k, v = args[:3]
-    tables = (args[i] if need_bias_grad and args[i] is not None else None for i in (_BIAS, _POSITION_WEIGHT, _TIME_WEIGHT))
+    tables = (
+        args[i] if need_bias_grad and args[i] is not None else None for i in (_BIAS, _POSITION_WEIGHT, _TIME_WEIGHT)
+    )
     dtype = accumulation_dtype(q.dtype)
     table_grads = (q.new_empty((0,) if w is None else w.shape, dtype=dtype) for w in tables)
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *table_grads)
 
 
-# ---- autograd ---------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
@@ -121,7 +123,7 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> None:
         raise RuntimeError(
-            "hstu_attention has no second derivative; hstu_ops.reference.hstu_attention, the same function in plain PyTorch, has"
+            "hstu_attention has no second derivative: use hstu_ops.reference.hstu_attention, the same in plain PyTorch"
         )
 
 
@@ -145,13 +147,13 @@ _lib.impl("attention_fwd", _attention_fwd, "Autograd")
 _lib.impl("attention_bwd", _attention_bwd, "Autograd")
 
 
-# ---- autocast ---------------------------------------------------------------------------------------------------------
+# ---- autocast --------------------------------------------------------------------------------------------
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the type of an enabled autocast, as scaled_dot_product_attention does; float64 is left alone."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
@@ -169,4 +171,6 @@ def _autocast_kernel(key: torch._C.DispatchKey):
 
 
 for _device in ("CPU", "CUDA"):
-    _lib.impl("attention_fwd", _autocast_kernel(getattr(torch._C.DispatchKey, f"Autocast{_device}")), f"Autocast{_device}")
+    _lib.impl(
+        "attention_fwd", _autocast_kernel(getattr(torch._C.DispatchKey, f"Autocast{_device}")), f"Autocast{_device}"
+    )

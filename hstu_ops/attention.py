@@ -34,7 +34,7 @@ def hstu_attention(
     bias: Tensor | RelativeBias | None = None,
     seq_offsets_q: Tensor | None = None,
 ) -> Tensor:
-    """HSTU attention over `B` sequences of different lengths, stored back to back: `[total_q, H, Dv]`, the type of q.
+    """HSTU attention over `B` sequences of different lengths, stored back to back: `[total_q, H, Dv]`.
 
     For row `i` and column `j` of one sequence and one head, `keep` being the mask below:
 
@@ -47,43 +47,48 @@ def hstu_attention(
         >>> out = hstu_attention(q, k, v, torch.tensor([0, 3, 5]), max_seq_len=3)
         >>> out.sum().backward()
 
-    Tensors
-        q `[total_q, H, Dqk]`, k `[total_kv, H, Dqk]`, v `[total_kv, H, Dv]`: one type of float64, float32, float16, bfloat16;
-            the last dimension contiguous, rows and heads at any stride. Or jagged tensors of torch.nested,
-            `[B, *, H, D]`: offsets are then theirs (leave out seq_offsets and max_seq_len), and the result is one too.
-        seq_offsets `[B + 1]`, int32 or int64: sequence b has rows `seq_offsets[b]` to `seq_offsets[b + 1]`, `n` of them. Starts at
-            0, never falls, ends at total_kv.
-        max_seq_len: the length that sequences are meant to stay within. Sets the default scale, nothing else.
-        seq_offsets_q `[B + 1]`: offsets of the queries, when fewer than the keys: the `m` queries of a sequence are its last
-            `m` rows (cached keys, scoring of candidates). Default: seq_offsets.
-        alpha: factor of the products, a number; default `1 / sqrt(Dqk)`.
-        scale: factor of the output, a number, or float tensor `[B]` or `[total_q]` (`[B]` where they are equal); default
-            `1 / max_seq_len`.
-        bias: `RelativeBias`, or a float tensor `[B or 1, H or 1, N, N]` with `N >= max_seq_len`, added at (row, column) of a
-            sequence (and 0 beyond N).
-
-    Mask. The last `t = num_targets[b]` rows of a sequence are targets, the `h = n - t` rows before them history, the first
-    `c = min(contextual_seq_len, h)` of these contextual. A row keeps, of the history columns: all of them if contextual; those
-    up to itself (all, with `causal=False`) and in its window if history; those in its window if a target. A target also keeps
-    the targets of its own group up to itself.
-        num_targets `[B]`, int32 or int64; default none. Groups are target_group_size wide; 1: a target sees only itself.
+    Arguments:
+        q, k, v: `[total_q, H, Dqk]`, `[total_kv, H, Dqk]`, `[total_kv, H, Dv]` of one type, float64, float32, float16
+            or bfloat16; the last dimension contiguous, rows and heads at any stride. Or jagged tensors of torch.nested
+            `[B, *, H, D]`: the offsets are then theirs (leave out seq_offsets; max_seq_len may be left out), and the
+            result is jagged too.
+        seq_offsets: `[B + 1]`, int32 or int64. Starts at 0, never falls, ends at total_kv: sequence b has the `n` rows
+            from `seq_offsets[b]` to `seq_offsets[b + 1]`.
+        max_seq_len: the length that sequences are meant to stay within. Sets the default of scale, nothing else.
+        alpha: factor of the products, a number. Default: `1 / sqrt(Dqk)`.
+        scale: factor of the output, a number or a float tensor `[B]` or `[total_q]` (`[B]` where these are
+            equal). Default: `1 / max_seq_len`.
+        causal: False lets history rows look ahead.
+        num_targets: `[B]`, int32 or int64. Default: no targets.
+        target_group_size: consecutive targets that form a group; 1: a target sees no other.
         contextual_seq_len: an int, or int32 or int64 `[B]`.
-        max_attn_len: the window, in logical positions (all targets share one, all contextual rows share one); 0: none.
-        min_full_attn_seq_len: that many last history rows, and all targets, ignore the window; 0: none do.
-        global_prefix_len: that many first columns stay visible outside the window.
+        max_attn_len: the window, in logical positions (all targets share one, so do all contextual rows); 0: none.
+        min_full_attn_seq_len: this many last history rows, and all targets, ignore the window; 0: none do.
+        global_prefix_len: this many first columns are visible from outside their window too.
+        bias: a `RelativeBias`, or a float tensor `[B or 1, H or 1, N, N]` with `N >= max_seq_len`, read at (row,
+            column) of the sequence and 0 beyond N.
+        seq_offsets_q: `[B + 1]`, offsets of the queries where these are fewer than the keys: the `m` queries of a
+            sequence are its last `m` rows (cached keys, scoring of candidates). Default: seq_offsets.
 
-    Gradients: of q, k, v, of a dense bias and of the tables of a RelativeBias; the last two are summed in float32 (float64 for
-    float64). Not of alpha, scale and timestamps, which may not require one. No second derivative (RuntimeError):
-    `hstu_ops.reference` has it.
+    Mask: the last `t = num_targets[b]` rows of a sequence are targets, the `h = n - t` rows before them history, and
+    the first `c = min(contextual_seq_len, h)` of the history contextual. Of the history columns a contextual row keeps
+    all; any other history row those in its window and up to itself; a target those in its window. A target also keeps
+    the targets of its own group up to itself.
 
-    Numerics: float16 and bfloat16 are multiplied and summed in float32, `silu(s)` is rounded to the input type before the product
-    with v. Autocast casts q, k and v. Rows that keep nothing are 0. The forward pass is bitwise reproducible, the backward pass
-    under `torch.use_deterministic_algorithms(True)`. Memory grows with the total number of rows, never with `n^2`.
+    Gradients: of q, k, v, of a dense bias and of the tables of a RelativeBias (summed in float32, or float64 for
+    float64). Not of alpha, scale and timestamps, which may not require one. There is no second derivative
+    (RuntimeError); `hstu_ops.reference` has it.
+
+    Numerics: float16 and bfloat16 are multiplied and summed in float32; `silu(s)` is rounded to the type of v before
+    the product with v. Autocast casts q, k and v, not the tables. Rows that keep nothing are 0. The forward pass is
+    bitwise reproducible, the backward pass under `torch.use_deterministic_algorithms(True)`. Memory grows with the
+    number of rows, never with its square.
 
     Errors: TypeError or ValueError naming the argument, what was expected and what came. With `HSTU_OPS_CHECK=1` in the
-    environment at import the content of offsets and lengths is checked too, on any device (this waits for it).
+    environment at import, the content of offsets and lengths is checked on every device (which waits for the device).
 
-    Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024; `hstu_ops.reference` is the same in plain PyTorch.
+    Source: Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative
+    Recommendations", ICML 2024. `hstu_ops.reference` computes the same in plain PyTorch.
     """
     if isinstance(q, Tensor) and q.is_nested:
         from .jagged import nested_attention
@@ -101,7 +106,8 @@ def hstu_attention(
     device, accumulate = q.device, accumulation_dtype(q.dtype)
     total_q, total_kv = q.shape[0], k.shape[0]
     if not isinstance(seq_offsets, Tensor) or seq_offsets.dim() != 1 or seq_offsets.shape[0] < 1:
-        _fail("seq_offsets", "an integer tensor [B + 1]", seq_offsets, ValueError if isinstance(seq_offsets, Tensor) else TypeError)
+        error = ValueError if isinstance(seq_offsets, Tensor) else TypeError
+        _fail("seq_offsets", "an integer tensor [B + 1]", seq_offsets, error)
     batch = seq_offsets.shape[0] - 1
     _check_ints("seq_offsets", seq_offsets, batch + 1, device)
     if seq_offsets_q is not None:
@@ -187,7 +193,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dtype not in _FLOATS:
         _fail("q", "float64, float32, float16 or bfloat16", q, TypeError)
     if q.device.type not in _library.DEVICE_TYPES:
-        _fail("q", f"a device this build has kernels for ({', '.join(sorted(_library.DEVICE_TYPES))})", q)
+        _fail("q", f"a device this build has kernels for ({', '.join(_library.DEVICE_TYPES)})", q)
     if q.dim() != 3:
         _fail("q", "shape [total_q, H, Dqk]", q)
     _, heads, dim = q.shape
@@ -227,7 +233,8 @@ def _check_dense(bias: Tensor, batch: int, q: Tensor, max_seq_len: int) -> Tenso
     if not bias.is_floating_point():
         _fail("bias", "a float tensor", bias, TypeError)
     heads = q.shape[1]
-    if bias.dim() != 4 or bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads) or bias.shape[2] != bias.shape[3]:
+    fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+    if not fits or bias.shape[2] != bias.shape[3]:
         _fail("bias", f"shape [{batch} or 1, {heads} or 1, N, N]", bias)
     if bias.shape[3] < max_seq_len:
         _fail("bias", f"N >= max_seq_len = {max_seq_len}", bias)
@@ -279,7 +286,9 @@ def _check_times(name: str, x: Tensor, size: int, device: torch.device) -> None:
         _fail(name, "int64", x, TypeError)
 
 
-def _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, num_targets, contextual_seq_lens) -> None:
+def _check_content(
+    seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, num_targets, contextual_seq_lens
+) -> None:
     """What the shapes cannot tell. Reads the tensors on the host, so it waits for the device."""
 
     def lengths(name: str, offsets: Tensor, total: int) -> Tensor:
@@ -294,7 +303,9 @@ def _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, n
     if seq_offsets_q is not None:
         m = lengths("seq_offsets_q", seq_offsets_q, total_q)
         if (m > n).any():
-            _fail("seq_offsets_q", "at most as many queries as keys in every sequence", f"{m.tolist()} for {n.tolist()}")
+            _fail(
+                "seq_offsets_q", "at most as many queries as keys in every sequence", f"{m.tolist()} for {n.tolist()}"
+            )
     if num_targets is not None:
         t = num_targets.cpu().long()
         if (t < 0).any() or (t > n).any():

@@ -2,7 +2,8 @@
 
     bias_ij = position_weight[head, clamp(pos(j) - pos(i) + P - 1, 0, 2P - 2)] + time_weight[head, bucket(tq_i - tk_j)]
 
-`pos` is the logical position of `hstu_ops.reference.logical_position`: all targets share one, all contextual rows share one.
+`pos` is the logical position of `hstu_ops.reference.logical_position`: all targets share one, all contextual rows share
+one.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class TimeBuckets:
-    """A rule that puts integer time differences into buckets: `bucket(d)` counts the sorted `boundaries` that are `<= d`.
+    """A rule that puts integer time differences into buckets: `bucket(d)` is how many sorted `boundaries` are `<= d`.
 
-    `boundaries`: int64 `[n]`, never falling; there are `n + 1` buckets, 0 to n. The unit of time is that of the timestamps.
-    Make one with `log`, `sqrt` or `from_boundaries`, which check; `to` moves it to a device. Calling it gives the buckets
-    of an int64 tensor.
+    `boundaries`: int64 `[n]`, never falling; there are `n + 1` buckets, 0 to n. The unit of time is that of the
+    timestamps. Make one with `log`, `sqrt` or `from_boundaries`, which check; `to` moves it to a device. Calling it
+    gives the buckets of an int64 tensor.
 
         >>> TimeBuckets.from_boundaries([1, 60, 3600])(torch.tensor([0, 59, 60, 10**6]))
         tensor([0, 1, 2, 3])
@@ -61,9 +62,9 @@ class TimeBuckets:
 
             (torch.sqrt(d.clamp(min=1e-6) / units_per_increment) / divisor).long().clamp(0, num_buckets)
 
-        The defaults are those of Meta's production models, whose timestamps are in seconds and whose increment is a minute:
-        bucket 1 starts at a minute, bucket 2 at 4 minutes, bucket 2048 at 8 years. For timestamps in milliseconds pass
-        `units_per_increment=60_000.0`.
+        The defaults are those of Meta's production models, whose timestamps are in seconds and whose increment is a
+        minute: bucket 1 starts at a minute, bucket 2 at 4 minutes, bucket 2048 at 8 years. For timestamps in
+        milliseconds pass `units_per_increment=60_000.0`.
         """
         _require(num_buckets >= 1, "num_buckets", "at least 1", num_buckets)
         _require(units_per_increment > 0, "units_per_increment", "a positive number", units_per_increment)
@@ -72,7 +73,7 @@ class TimeBuckets:
 
     @staticmethod
     def from_boundaries(boundaries: Tensor | Sequence[int]) -> TimeBuckets:
-        """Buckets with the given boundaries, a list of ints or an integer tensor `[n]`. ValueError if they ever fall."""
+        """Buckets with the given boundaries, ints or an integer tensor `[n]`. ValueError if they ever fall."""
         boundaries = torch.as_tensor(boundaries)
         if boundaries.numel() == 0:
             boundaries = boundaries.long()
@@ -90,12 +91,12 @@ class RelativeBias:
 
     Either term may be absent (its table None).
 
-    - `position_weight`: `[2P - 1]`, or `[H, 2P - 1]` for one table a head. Entry `P - 1 + d` belongs to keys `d` positions
-      after the query (causal: `d <= 0`); distances beyond the table use its ends.
+    - `position_weight`: `[2P - 1]`, or `[H, 2P - 1]` for one table a head. Entry `P - 1 + d` belongs to keys that stand
+      `d` positions after the query (causal: `d <= 0`); distances beyond the table use its ends.
     - `time_weight`: `[n + 1]` or `[H, n + 1]` for `n = len(buckets.boundaries)`. Needs `buckets` and `timestamps`.
     - `timestamps`: int64 `[total_kv]`, one per key row, in the unit the buckets were made for.
-    - `query_timestamps`: int64 `[total_q]`. Default: the timestamps of the queries' own rows. The published retrieval models
-      pass the time of the *next* item.
+    - `query_timestamps`: int64 `[total_q]`. Default: the timestamps of the queries' own rows. The published retrieval
+      models pass the time of the *next* item.
 
     Tables of any float type are used, and their gradients summed, in float32 (float64 when q is float64).
     """
@@ -120,9 +121,9 @@ for _cls in (TimeBuckets, RelativeBias):
 class RelativeAttentionBias(nn.Module):
     """Owns the tables of a relative attention bias and makes the `RelativeBias` of a batch.
 
-    Parameters `position_weight` (`[2 * max_seq_len - 1]`; None with `position=False`) and `time_weight`
-    (`[n + 1]`, n the number of boundaries; None without `buckets`), both with a leading `[num_heads]` when `num_heads` is given,
-    and float32 normal(0, 0.02) initially, as published. `boundaries` is a buffer that is not saved: it moves with the module.
+    Parameters: `position_weight` `[2 * max_seq_len - 1]` (None with `position=False`) and `time_weight` `[n + 1]` for n
+    boundaries (None without `buckets`), or `[num_heads, ...]` when num_heads is given; float32, initially normal(0,
+    0.02) as published. The boundaries are a buffer that moves with the module and is not saved.
 
         >>> rab = RelativeAttentionBias(max_seq_len=200, buckets=TimeBuckets.log())
         >>> out = hstu_attention(q, k, v, seq_offsets, 200, bias=rab(timestamps))
@@ -157,7 +158,7 @@ class RelativeAttentionBias(nn.Module):
             nn.init.normal_(weight, mean=0.0, std=0.02)
 
     def forward(self, timestamps: Tensor | None = None, query_timestamps: Tensor | None = None) -> RelativeBias:
-        """The bias of a batch: `timestamps` int64 `[total_kv]`, `query_timestamps` int64 `[total_q]`; see `RelativeBias`."""
+        """The bias of a batch: `timestamps` int64 `[total_kv]`, `query_timestamps` int64 `[total_q]` or None."""
         if self.time_weight is None:
             return RelativeBias(self.position_weight)
         buckets = TimeBuckets(self.boundaries)
@@ -175,7 +176,7 @@ def _sqrt_boundaries(num_buckets: int, units_per_increment: float, divisor: floa
 
 
 def _boundaries_of(bucket: Callable[[Tensor], Tensor], num_buckets: int) -> Tensor:
-    """For b = 1..num_buckets the smallest d >= 0 with bucket(d) >= b, by bisection over int64; int64 max where there is none."""
+    """For b = 1..num_buckets the smallest d >= 0 with bucket(d) >= b, by bisection; int64 max where there is none."""
     wanted = torch.arange(1, num_buckets + 1, device="cpu")
     low, high = torch.zeros_like(wanted), torch.full_like(wanted, _INT64_MAX)
     while bool((low < high).any()):

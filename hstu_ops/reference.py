@@ -1,7 +1,7 @@
 """What hstu_ops computes, in plain PyTorch: short, slow, any float type, any device, differentiable twice.
 
-`hstu_attention` has the arguments of `hstu_ops.hstu_attention` and defines its result; the other functions are its parts.
-`padded_hstu_attention` computes the same as one padded batch, which is how it is done without a fused kernel.
+`hstu_attention` has the arguments of `hstu_ops.hstu_attention` and defines its result; the other functions are its
+parts. `padded_hstu_attention` computes the same as one padded batch, which is how it is done without a fused kernel.
 
 With `h` history rows (rows before the targets) and `c` leading contextual rows, row `i` keeps column `j` if
 `keep(i, j)` of `attention_mask`, and
@@ -83,8 +83,8 @@ def _per_sequence(value: int | Tensor, device: torch.device | str | None) -> Ten
 def relative_bias(bias: RelativeBias, position: Tensor, query_time: Tensor | None, key_time: Tensor | None) -> Tensor:
     """`position_weight[pos(j) - pos(i) + P - 1] + time_weight[bucket(tq_i - tk_j)]` for one sequence or a padded batch.
 
-    `position`, `query_time`, `key_time`: `[..., n]`, one value per row. Result `[..., n, n]`, or `[H, ..., n, n]` when a
-    table is per head, in the type of the tables.
+    `position`, `query_time`, `key_time`: `[..., n]`, one value per row. Result `[..., n, n]`, or `[H, ..., n, n]` when
+    a table is per head, in the type of the tables.
     """
     terms = []
     if bias.position_weight is not None:
@@ -128,7 +128,8 @@ def hstu_attention(
     scale = _scale_per_row(scale, max_seq_len, torch.tensor(offsets_q, device=q.device), q)
     bias = _in_dtype(bias, accumulation_dtype(q.dtype))
 
-    outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
+    # Differentiable even when the batch is empty.
+    outputs = [q[:0].sum(-1, keepdim=True) * k[:0].sum(-1, keepdim=True) * v[:0]]
     for b in range(batch):
         keys, queries = slice(*offsets[b : b + 2]), slice(*offsets_q[b : b + 2])
         n, m = offsets[b + 1] - offsets[b], offsets_q[b + 1] - offsets_q[b]

@@ -1,0 +1,127 @@
+"""hstu_attention against plain PyTorch: forward and gradients, every type, every case (the rule: checks.py)."""
+
+import pytest
+import torch
+from cases import BIASES, CORNER, DTYPES, SMALL, Case, make, random_case
+from checks import check
+
+from hstu_ops import hstu_attention, reference
+
+_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+
+
+@_dtypes
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small(case, dtype, device):
+    check(make(case, dtype, device))
+
+
+@_dtypes
+@pytest.mark.parametrize("case", CORNER, ids=str)
+def test_corner(case, dtype, device):
+    check(make(case, dtype, device))
+
+
+@_dtypes
+@pytest.mark.parametrize("bias", BIASES)
+def test_bias(bias, dtype, device):
+    check(make(Case(bias, (50, 0, 90), bias=bias, heads=3, num_targets=(4, 0, 9), contextual_seq_len=2), dtype, device))
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random(block, device):
+    for seed in range(20 * block, 20 * block + 20):
+        case = random_case(seed)
+        try:
+            check(make(case, DTYPES[1 + seed % 3], device, seed=seed))
+        except AssertionError as error:
+            raise AssertionError(f"{case}\n{error}") from error
+
+
+def test_padding_changes_nothing(device):
+    """max_seq_len sets the default scale and nothing else."""
+    inputs = make(SMALL[5], device=device, grad=False)
+    far = hstu_attention(
+        inputs.q, inputs.k, inputs.v, inputs.seq_offsets, 100_000, **{**inputs.options, "scale": 1 / 128}
+    )
+    assert torch.equal(far, inputs.call(hstu_attention, scale=1 / 128))
+
+
+def test_rows_without_keys_are_zero(device):
+    """A window that ends before the targets' position, with no group partner, leaves only the row itself."""
+    inputs = make(Case("", (8,), num_targets=(8,), target_group_size=1), device=device, grad=False)
+    inputs.v[3] = 0
+    out = inputs.call(hstu_attention)
+    assert (out[3] == 0).all() and (out[4] != 0).any()
+
+
+def test_additive_over_keys(device):
+    """No softmax: attention over all keys is the sum of attentions over parts of them."""
+    q, k, v = torch.randn(3, 30, 2, 16, device=device, dtype=torch.float64).unbind()
+    full = torch.tensor([0, 30], device=device)
+
+    def part(keys):
+        targets = torch.tensor([5], device=device)
+        return hstu_attention(
+            q[25:],
+            k[keys],
+            v[keys],
+            full.new_tensor([0, len(k[keys])]),
+            30,
+            num_targets=targets,
+            seq_offsets_q=full.new_tensor([0, 5]),
+        )
+
+    whole, first = part(slice(None)), part(torch.cat([torch.arange(10), torch.arange(25, 30)]).to(device))
+    second = part(torch.cat([torch.arange(10, 25), torch.arange(25, 30)]).to(device))
+    own = part(torch.arange(25, 30, device=device))
+    torch.testing.assert_close(whole, first + second - own, rtol=1e-12, atol=1e-12)
+
+
+@_dtypes
+def test_gradient_of_a_broadcast(device, dtype):
+    """Incoming gradients with stride 0 (of a sum) and transposed ones."""
+    inputs = make(SMALL[5], dtype, device)
+    for weigh in (
+        lambda out: out.sum(),
+        lambda out: (out.transpose(0, 2) * torch.ones(2, len(out), device=device, dtype=dtype)).sum(),
+    ):
+        got = torch.autograd.grad(weigh(inputs.call(hstu_attention)), inputs.q)[0]
+        ones = torch.ones(len(got), 2, 32, device=device, dtype=dtype)
+        assert torch.equal(got, torch.autograd.grad(inputs.call(hstu_attention), inputs.q, ones)[0])
+
+
+def test_overlapping_views_and_shared_tensors(device):
+    """One tensor as q, k and v: its gradient is the sum of three."""
+    x = torch.randn(40, 2, 16, device=device, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 15, 40], device=device)
+    got = torch.autograd.grad(hstu_attention(x, x, x, offsets, 25).square().sum(), x)[0]
+    want = torch.autograd.grad(reference.hstu_attention(x, x, x, offsets, 25).square().sum(), x)[0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_broadcast_heads_are_views(device):
+    """k and v expanded over heads (stride 0), as in multi-query attention."""
+    q = torch.randn(40, 4, 16, device=device, dtype=torch.float64)
+    k, v = torch.randn(2, 40, 1, 16, device=device, dtype=torch.float64).expand(2, 40, 4, 16)
+    offsets = torch.tensor([0, 15, 40], device=device)
+    assert torch.equal(
+        hstu_attention(q, k, v, offsets, 25), hstu_attention(q, k.contiguous(), v.contiguous(), offsets, 25)
+    )
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def test_autocast(dtype, device):
+    """q, k, v are cast, tables are not; gradients have the types of the arguments."""
+    inputs = make(SMALL[16], device=device)
+    with torch.autocast(device, dtype):
+        out = inputs.call(hstu_attention)
+    assert out.dtype == dtype
+    low = inputs.with_leaves({x: t.to(dtype) if x in "qkv" else t for x, t in inputs.leaves.items()})
+    assert torch.equal(out, low.call(hstu_attention))
+    grads = torch.autograd.grad(out.float().square().sum(), list(inputs.leaves.values()))
+    assert {x.dtype for x in grads} == {torch.float32} and all((x != 0).any() for x in grads)
+    with torch.autocast(device, dtype):
+        assert inputs.double().call(hstu_attention).dtype == torch.float64
+    with torch.autocast(device, dtype, enabled=False):
+        assert inputs.call(hstu_attention).dtype == torch.float32

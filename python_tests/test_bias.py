@@ -1,0 +1,139 @@
+"""Time buckets equal their published expressions bit for bit; tables, their module and their gradients."""
+
+import copy
+
+import pytest
+import torch
+from cases import Case, make
+
+from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, hstu_attention
+
+
+def _differences(buckets: TimeBuckets) -> torch.Tensor:
+    """Integers where a bucketing could go wrong: around every boundary, small, negative and spread over int64."""
+    edges = buckets.boundaries
+    steps = torch.arange(-300, 301)
+    near = (edges[:, None] + steps).flatten()
+    close = torch.cat(
+        [(edges.double() * (1 + x * 2.0**-24)).long() for x in range(-20, 21)]
+    )  # the next float32 numbers
+    spread = (torch.rand(200_000, dtype=torch.float64) * 43.6).exp().long()
+    return torch.cat([near, close, spread, -spread, torch.arange(-10, 100_000)])
+
+
+def test_log_is_the_published_expression():
+    buckets = TimeBuckets.log()
+    d = _differences(buckets)
+    assert len(buckets.boundaries) == 128
+    assert torch.equal(buckets(d), (torch.log(d.clamp(min=1)) / 0.301).long().clamp(0, 128))
+
+
+@pytest.mark.parametrize(("num_buckets", "divisor"), [(1, 0.301), (20, 1.0), (64, 0.5), (200, 0.1)])
+def test_log_options(num_buckets, divisor):
+    buckets = TimeBuckets.log(num_buckets, divisor)
+    d = _differences(buckets)
+    assert torch.equal(buckets(d), (torch.log(d.clamp(min=1)) / divisor).long().clamp(0, num_buckets))
+
+
+@pytest.mark.parametrize(
+    ("num_buckets", "unit", "divisor"), [(2048, 60.0, 1.0), (2048, 60_000.0, 1.0), (100, 1.0, 0.7)]
+)
+def test_sqrt_is_the_published_expression(num_buckets, unit, divisor):
+    buckets = TimeBuckets.sqrt(num_buckets, unit, divisor)
+    d = _differences(buckets)
+    assert torch.equal(buckets(d), (torch.sqrt(d.clamp(min=1e-6) / unit) / divisor).long().clamp(0, num_buckets))
+
+
+def test_sqrt_defaults_are_minutes():
+    assert TimeBuckets.sqrt().boundaries[:3].tolist() == [60, 240, 540]
+
+
+@pytest.mark.parametrize("given", [[5, 5, 7], torch.tensor([5, 5, 7]), torch.tensor([5, 5, 7], dtype=torch.int32)])
+def test_from_boundaries(given):
+    buckets = TimeBuckets.from_boundaries(given)
+    assert buckets(torch.tensor([-9, 4, 5, 6, 7, 8])).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_no_boundaries():
+    assert TimeBuckets.from_boundaries([])(torch.tensor([1, 2])).tolist() == [0, 0]
+
+
+def test_buckets_are_not_shared():
+    """Writing into one TimeBuckets leaves those made later alone."""
+    TimeBuckets.log().boundaries.zero_()
+    assert TimeBuckets.log().boundaries[-1] > 10**16
+
+
+@pytest.mark.parametrize(
+    ("make_bad", "error", "message"),
+    [
+        (lambda: TimeBuckets.from_boundaries([3, 1]), ValueError, "boundaries: expected values that never fall"),
+        (lambda: TimeBuckets.from_boundaries([[1], [2]]), ValueError, "boundaries: expected one dimension"),
+        (lambda: TimeBuckets.from_boundaries([1.5, 2.5]), TypeError, "boundaries: expected integers"),
+        (lambda: TimeBuckets.log(0), ValueError, "num_buckets: expected at least 1"),
+        (lambda: TimeBuckets.log(divisor=0.0), ValueError, "divisor: expected a positive number"),
+        (lambda: TimeBuckets.sqrt(units_per_increment=-1.0), ValueError, "units_per_increment: expected a positive"),
+        (lambda: RelativeAttentionBias(0), ValueError, "max_seq_len: expected at least 1"),
+        (lambda: RelativeAttentionBias(5, position=False), ValueError, "buckets: expected TimeBuckets"),
+    ],
+)
+def test_errors(make_bad, error, message):
+    with pytest.raises(error, match=message):
+        make_bad()
+
+
+def test_module_tables():
+    rab = RelativeAttentionBias(200, TimeBuckets.log())
+    assert {x: tuple(w.shape) for x, w in rab.named_parameters()} == {"position_weight": (399,), "time_weight": (129,)}
+    assert 0.015 < rab.position_weight.std() < 0.025
+    assert set(rab.state_dict()) == {"position_weight", "time_weight"}
+    per_head = RelativeAttentionBias(200, TimeBuckets.log(), num_heads=4)
+    assert per_head.position_weight.shape == (4, 399) and per_head.time_weight.shape == (4, 129)
+    assert RelativeAttentionBias(7).time_weight is None
+    assert RelativeAttentionBias(7, TimeBuckets.log(), position=False).position_weight is None
+    assert torch.equal(copy.deepcopy(rab).boundaries, rab.boundaries)
+
+
+def test_module_on_a_device(device):
+    made = RelativeAttentionBias(7, TimeBuckets.log(), device=device)
+    moved = RelativeAttentionBias(7, TimeBuckets.log()).to(device)
+    for rab in (made, moved):
+        assert {x.device.type for x in (*rab.parameters(), *rab.buffers())} == {torch.device(device).type}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2}, {"position": False}])
+def test_module_trains(options, device):
+    """Tables learn through the op: the module's gradients are those of a RelativeBias given directly."""
+    inputs = make(Case("", (30, 50), bias="position+time", query_timestamps=True), device=device)
+    times, query_times = inputs.options["bias"].timestamps, inputs.options["bias"].query_timestamps
+    rab = RelativeAttentionBias(50, TimeBuckets.log(), device=device, **options)
+    inputs.call(hstu_attention, bias=rab(times, query_times)).square().sum().backward()
+    tables = {x: w.detach().clone().requires_grad_() for x, w in rab.named_parameters()}
+    direct = RelativeBias(
+        **tables, timestamps=times, query_timestamps=query_times, buckets=TimeBuckets.log().to(device)
+    )
+    inputs.call(hstu_attention, bias=direct).square().sum().backward()
+    for name, weight in rab.named_parameters():
+        assert (weight.grad != 0).any() and torch.equal(weight.grad, tables[name].grad)
+
+
+def test_tables_of_another_type(device):
+    """bfloat16 tables are used as float32, and their gradient comes back in their own type."""
+    inputs = make(Case("", (30, 50), bias="position+time"), device=device)
+    low = inputs.with_leaves({x: t.bfloat16() if "weight" in x else t for x, t in inputs.leaves.items()})
+    low = low.with_leaves({x: t.detach().requires_grad_() for x, t in low.leaves.items()})
+    same = low.with_leaves({x: t.detach().float().requires_grad_() for x, t in low.leaves.items()})
+    assert torch.equal(low.call(hstu_attention), same.call(hstu_attention))
+    for x, y in zip(low.leaves.items(), same.leaves.items(), strict=True):
+        got, want = (torch.autograd.grad(i.call(hstu_attention).sum(), t)[0] for i, t in ((low, x[1]), (same, y[1])))
+        assert got.dtype == x[1].dtype and torch.equal(got, want.to(got.dtype))
+
+
+def test_extreme_times(device):
+    """Gaps of any size and sign choose the end buckets; reading outside the table is impossible."""
+    times = torch.tensor([0, 2**62, -(2**62), 5, 2**40], device=device)
+    weight = torch.zeros(4, device=device)
+    bias = RelativeBias(None, weight, times, None, TimeBuckets.from_boundaries([0, 10, 2**50]).to(device))
+    x = torch.ones(5, 1, 4, device=device)
+    offsets = torch.tensor([0, 5], device=device)
+    assert torch.equal(hstu_attention(x, x, x, offsets, 5, bias=bias), hstu_attention(x, x, x, offsets, 5))

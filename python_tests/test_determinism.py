@@ -1,0 +1,115 @@
+"""Same bits every time: two runs, any number of threads, whatever the memory held and whatever the neighbours hold."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CORNER, SMALL, Case, make
+from checks import forward_backward
+
+from hstu_ops import hstu_attention
+
+_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+# Tables of few entries that every sequence and head adds to: where a race would show.
+_CONTENDED = Case("contended", (200, 0, 150, 170, 1, 90, 130), heads=4, bias="position+time", positions=8)
+_CASES = [*SMALL, _CONTENDED]
+
+
+def _run(inputs):
+    grad_out = torch.ones(inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2]).to(inputs.q)
+    return forward_backward(hstu_attention, inputs, grad_out)
+
+
+def _assert_same_bits(got, want):
+    for name in want:
+        same = torch.equal(got[name], want[name])
+        assert same, f"{name} differs by up to {(got[name] - want[name]).abs().max()}"
+
+
+@_dtypes
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_two_runs(case, dtype, device):
+    torch.use_deterministic_algorithms(True)
+    inputs = make(case, dtype, device)
+    first = _run(inputs)
+    for _ in range(3):
+        _assert_same_bits(_run(inputs), first)
+
+
+def test_forward_needs_no_switch(device):
+    inputs = make(_CONTENDED, device=device, grad=False)
+    first = inputs.call(hstu_attention)
+    assert all(torch.equal(inputs.call(hstu_attention), first) for _ in range(5))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@_dtypes
+@pytest.mark.parametrize("case", [*_CASES, *CORNER], ids=str)
+def test_threads(case, dtype, threads):
+    inputs = make(case, dtype)
+    threads(1)
+    alone = _run(inputs)
+    for count in (2, 3, 8):
+        threads(count)
+        _assert_same_bits(_run(inputs), alone)
+
+
+@_dtypes
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")), ids=str)
+@pytest.mark.parametrize("bias", ("none", "position+time", "dense/batch"))
+def test_one_sequence_never_reaches_another(bias, bad, dtype, device):
+    """Rows of the middle sequence are poisoned; results of all others keep their bits."""
+    case = Case("", (33, 70, 1, 64, 0, 50), bias=bias, num_targets=(3, 5, 1, 0, 0, 7), contextual_seq_len=2)
+    torch.use_deterministic_algorithms(True)
+    clean = _run(make(case, dtype, device))
+    inputs = make(case, dtype, device)
+    sick = slice(33, 103)
+    with torch.no_grad():
+        for x in (inputs.q, inputs.k, inputs.v):
+            x[sick] = bad
+        if "dense" in bias:
+            inputs.options["bias"][1] = bad
+    got = _run(inputs)
+    assert not got["out"][sick].isfinite().all()
+    for name in ("out", "q", "k", "v"):
+        assert torch.equal(got[name][:33], clean[name][:33]) and torch.equal(got[name][103:], clean[name][103:]), name
+    if "dense" in bias:
+        others = [0, 2, 3, 4, 5]
+        assert torch.equal(got["bias"][others], clean["bias"][others])
+
+
+@_dtypes
+@pytest.mark.parametrize("case", [*_CASES, *CORNER], ids=str)
+def test_uninitialised_memory_is_never_read(case, dtype, device):
+    """torch fills new tensors, outputs and workspaces alike, with NaN; nothing may come through."""
+    clean = _run(make(case, dtype, device))
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    poisoned = _run(make(case, dtype, device))
+    for name, x in poisoned.items():
+        assert x.isfinite().all(), name
+    _assert_same_bits({"out": poisoned["out"]}, {"out": clean["out"]})
+
+
+def test_memory_grows_with_rows_only():
+    """8192 rows of two heads: scores alone would be 512 MiB in float32."""
+    code = """
+import resource, torch, hstu_ops
+x = torch.randn(8192, 2, 32, requires_grad=True)
+offsets = torch.tensor([0, 8192])
+bias = hstu_ops.RelativeAttentionBias(8192, hstu_ops.TimeBuckets.log())
+hstu_ops.hstu_attention(x[:64], x[:64], x[:64], torch.tensor([0, 64]), 64, bias=bias(torch.arange(64))).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+hstu_ops.hstu_attention(x, x, x, offsets, 8192, bias=bias(torch.arange(8192))).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(grown) < 64, f"{grown} MiB"
