@@ -88,8 +88,8 @@ class Backward {
     for (int j = 0; j < cols; ++j)
       load_row(p_.dtype, p_.k, seq_.begin_kv + begin + j, task_.head, p_.dim_qk, C(1), scratch_.k + j * dqk(), dqk());
     transpose(scratch_.k, dqk(), cols, p_.dim_qk, scratch_.k_t, kBlockCols);
-    for (int x = 0; x < kBlockCols * dqk(); ++x) scratch_.grad_k[x] = 0;
-    for (int x = 0; x < kBlockCols * dv(); ++x) scratch_.grad_v[x] = 0;
+    for (int x = 0; x < cols * dqk(); ++x) scratch_.grad_k[x] = 0;
+    for (int x = 0; x < cols * dv(); ++x) scratch_.grad_v[x] = 0;
   }
 
   void tile(int r0, int r1, int begin, int end) {
