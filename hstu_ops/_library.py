@@ -131,12 +131,20 @@ def _needs_grad(args: tuple) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor))
 
 
+def _apply(function: type[torch.autograd.Function], args: tuple):
+    """function.apply(*args), without the 10 us that binding its signature costs outside of torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    args = tuple(torch._C._functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def _attention_fwd(*args: object) -> Tensor:
-    return (_Attention.apply if _needs_grad(args) else _Attention.forward)(*args)
+    return _apply(_Attention, args) if _needs_grad(args) else _Attention.forward(*args)
 
 
 def _attention_bwd(*args: object) -> tuple[Tensor, ...]:
-    return (_AttentionBackward.apply if _needs_grad(args) else _AttentionBackward.forward)(*args)
+    return _apply(_AttentionBackward, args) if _needs_grad(args) else _AttentionBackward.forward(*args)
 
 
 def attention(*args: object) -> Tensor:

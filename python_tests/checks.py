@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from cases import Inputs
+from cases import Case, Inputs, make
 from torch import Tensor
 
 from hstu_ops import RelativeBias, hstu_attention, reference
@@ -122,34 +122,58 @@ def exact(inputs: Inputs, grad_out: Tensor) -> dict[str, np.ndarray]:
     return {"out": out, **grads}
 
 
-def assert_accurate(name: str, got: Tensor, plain: Tensor, true: Tensor | np.ndarray) -> None:
-    """The rule above for one tensor."""
-    factor = 2 if name == "out" else 3
-    assert got.shape == plain.shape, f"{name}: shape {tuple(got.shape)} instead of {tuple(plain.shape)}"
-    assert got.dtype == plain.dtype, f"{name}: {got.dtype} instead of {plain.dtype}"
-    got, plain, true = (
-        x.detach().double().cpu().numpy().astype(np.longdouble) if isinstance(x, Tensor) else x
-        for x in (got, plain, true)
-    )
-    assert np.isfinite(got).all(), f"{name}: not finite"
-    for measure, size in (("norm", lambda x: np.sqrt((x * x).sum())), ("maximum", lambda x: np.abs(x).max(initial=0))):
-        error, allowed = size(got - true), factor * size(plain - true)
-        assert error <= allowed, (
-            f"{name}: {measure} of the error {float(error):.3e} > {factor} x {float(allowed) / factor:.3e},"
-            f" the error of plain PyTorch ({measure} of the result: {float(size(true)):.3e})"
-        )
+class Errors:
+    """Errors of one result, and those of plain PyTorch, over any number of draws of its inputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.got, self.plain = name, [], []
+
+    def add(self, got: Tensor, plain: Tensor, true: Tensor | np.ndarray) -> None:
+        assert got.shape == plain.shape, f"{self.name}: shape {tuple(got.shape)} instead of {tuple(plain.shape)}"
+        assert got.dtype == plain.dtype, f"{self.name}: {got.dtype} instead of {plain.dtype}"
+        got, plain, true = (_extended(x) for x in (got, plain, true))
+        assert np.isfinite(got).all(), f"{self.name}: not finite"
+        self.got.append((got - true).ravel())
+        self.plain.append((plain - true).ravel())
+
+    def complaint(self) -> str:
+        """What breaks the rule; empty if nothing does."""
+        factor = 2 if self.name == "out" else 3
+        got, plain = np.concatenate(self.got), np.concatenate(self.plain)
+        for measure, size in (
+            ("norm", lambda x: np.sqrt((x * x).sum())),
+            ("maximum", lambda x: np.abs(x).max(initial=0)),
+        ):
+            if size(got) > factor * size(plain):
+                return f"{self.name}: {measure} of the error {size(got):.2e} > {factor} * {size(plain):.2e} in torch"
+        return ""
 
 
-def check(inputs: Inputs, attention=hstu_attention) -> None:
-    """Compares `attention`, forward and backward, with plain PyTorch under the rule above."""
-    shape = (inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2])
-    gen = torch.Generator().manual_seed(1)
-    grad_out = torch.randn(shape, generator=gen, dtype=torch.float64).to(inputs.q)
-    got = forward_backward(attention, inputs, grad_out)
-    plain = forward_backward(reference.hstu_attention, inputs, grad_out)
-    if inputs.q.dtype == torch.float64:
-        true = exact(inputs, grad_out)
-    else:
-        true = forward_backward(reference.hstu_attention, inputs.double(), grad_out.double())
-    for name in got:
-        assert_accurate(name, got[name], plain[name], true[name])
+def _extended(x: Tensor | np.ndarray) -> np.ndarray:
+    return x.detach().double().cpu().numpy().astype(np.longdouble) if isinstance(x, Tensor) else x
+
+
+def check(case: Case, dtype: torch.dtype, device: str, *, attention=hstu_attention, seed: int = 0) -> None:
+    """Compares `attention`, forward and backward, with plain PyTorch under the rule above.
+
+    Some results are a single number (the only entry in use of a table), and one rounding error says nothing about the
+    next: plain PyTorch may be exact by luck. So what breaks the rule in one draw is measured over 16.
+    """
+    errors: dict[str, Errors] = {}
+    for draw in range(16):
+        inputs = make(case, dtype, device, seed=seed + 1000 * draw)
+        shape = (inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2])
+        gen = torch.Generator().manual_seed(draw)
+        grad_out = torch.randn(shape, generator=gen, dtype=torch.float64).to(inputs.q)
+        got = forward_backward(attention, inputs, grad_out)
+        plain = forward_backward(reference.hstu_attention, inputs, grad_out)
+        if dtype == torch.float64:
+            true = exact(inputs, grad_out)
+        else:
+            true = forward_backward(reference.hstu_attention, inputs.double(), grad_out.double())
+        for name in got:
+            errors.setdefault(name, Errors(name)).add(got[name], plain[name], true[name])
+        if draw == 0 and not any(x.complaint() for x in errors.values()):
+            return
+    complaints = [x.complaint() for x in errors.values()]
+    assert not any(complaints), "\n".join([*filter(None, complaints), str(vars(case))])
