@@ -1,5 +1,6 @@
 // hstu_ops._core: the torch-free core for Python. Tests drive the C++ mask through it and benches count pairs with it;
 // the ops do not need it.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,6 +61,51 @@ int64_t kept_pairs(const Mask& mask, int num_queries) {
   return mask.kept_pairs(num_queries == -1 ? 0 : mask.len - num_queries);
 }
 
+// Masks of one length, a row of options each, in the order of make_mask's arguments. numpy is imported by the first
+// call.
+using OptionRows = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+Mask mask_of_row(int length, const OptionRows& options, py::ssize_t k) {
+  const auto o = options.unchecked<2>();
+  return make_mask(length, o(k, 0), o(k, 1), o(k, 2) != 0, o(k, 3), o(k, 4), o(k, 5), o(k, 6));
+}
+
+void expect_option_rows(const OptionRows& options) {
+  if (options.ndim() != 2 || options.shape(1) != 7) {
+    throw std::invalid_argument("hstu_ops: options: expected shape [K, 7]");
+  }
+}
+
+py::array_t<bool> mask_matrices(int length, const OptionRows& options) {
+  expect_option_rows(options);
+  py::array_t<bool> out({options.shape(0), py::ssize_t{length}, py::ssize_t{length}});
+  bool* next = out.mutable_data();
+  for (py::ssize_t k = 0; k < options.shape(0); ++k) {
+    const Mask mask = mask_of_row(length, options, k);
+    for (int i = 0; i < length; ++i) {
+      for (int j = 0; j < length; ++j) *next++ = mask.keep(i, j);
+    }
+  }
+  return out;
+}
+
+py::array_t<uint8_t> mask_tiles(int length, const OptionRows& options) {
+  expect_option_rows(options);
+  const py::ssize_t edge = length + 1;
+  py::array_t<uint8_t> out({options.shape(0), edge, edge, edge, edge});
+  uint8_t* next = out.mutable_data();
+  for (py::ssize_t k = 0; k < options.shape(0); ++k) {
+    const Mask mask = mask_of_row(length, options, k);
+    for (py::ssize_t tile = 0; tile < edge * edge * edge * edge; ++tile) {
+      const int n1 = static_cast<int>(tile % edge), n0 = static_cast<int>(tile / edge % edge);
+      const int m1 = static_cast<int>(tile / edge / edge % edge), m0 = static_cast<int>(tile / edge / edge / edge);
+      const bool is_tile = m0 < m1 && n0 < n1;
+      *next++ = is_tile ? mask.touches(m0, m1, n0, n1) | mask.covers(m0, m1, n0, n1) << 1 : 0;
+    }
+  }
+  return out;
+}
+
 int bucket(int64_t gap, const std::vector<int64_t>& boundaries) {
   return time_bucket(gap, boundaries.data(), static_cast<int>(boundaries.size()));
 }
@@ -104,6 +150,12 @@ void bind_mask(py::module_& m) {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Bindings of the torch-free C++ core: mask, kept pairs, time buckets, build information.";
   hstu_ops::bind_mask(m);
+  m.def("mask_matrices", &hstu_ops::mask_matrices, py::arg("length"), py::arg("options"),
+        "keep() of K masks as bool [K, length, length]. options is int32 [K, 7]: num_targets, contextual_seq_len, "
+        "causal, target_group_size, max_attn_len, min_full_attn_seq_len, global_prefix_len.");
+  m.def("mask_tiles", &hstu_ops::mask_tiles, py::arg("length"), py::arg("options"),
+        "Every tile of K masks as uint8 [K, length + 1, ...] indexed [k, m0, m1, n0, n1]: bit 0 is touches(), bit 1 "
+        "covers(); 0 where m0 >= m1 or n0 >= n1. options as in mask_matrices.");
   m.def("bucket", &hstu_ops::bucket, py::arg("gap"), py::arg("boundaries"),
         "How many of the sorted boundaries are <= gap.");
   m.def("position_index", &hstu_ops::position_index, py::arg("row_position"), py::arg("col_position"),
