@@ -89,18 +89,24 @@ py::array_t<bool> mask_matrices(int length, const OptionRows& options) {
   return out;
 }
 
-py::array_t<uint8_t> mask_tiles(int length, const OptionRows& options) {
+// Half-open ranges, a row (begin, end) each.
+using Ranges = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+py::array_t<uint8_t> mask_tiles(int length, const OptionRows& options, const Ranges& rows, const Ranges& columns) {
   expect_option_rows(options);
-  const py::ssize_t edge = length + 1;
-  py::array_t<uint8_t> out({options.shape(0), edge, edge, edge, edge});
+  if (rows.ndim() != 2 || rows.shape(1) != 2 || columns.ndim() != 2 || columns.shape(1) != 2) {
+    throw std::invalid_argument("hstu_ops: rows, columns: expected shape [tiles, 2]");
+  }
+  const auto m = rows.unchecked<2>(), n = columns.unchecked<2>();
+  py::array_t<uint8_t> out({options.shape(0), rows.shape(0), columns.shape(0)});
   uint8_t* next = out.mutable_data();
   for (py::ssize_t k = 0; k < options.shape(0); ++k) {
     const Mask mask = mask_of_row(length, options, k);
-    for (py::ssize_t tile = 0; tile < edge * edge * edge * edge; ++tile) {
-      const int n1 = static_cast<int>(tile % edge), n0 = static_cast<int>(tile / edge % edge);
-      const int m1 = static_cast<int>(tile / edge / edge % edge), m0 = static_cast<int>(tile / edge / edge / edge);
-      const bool is_tile = m0 < m1 && n0 < n1;
-      *next++ = is_tile ? mask.touches(m0, m1, n0, n1) | mask.covers(m0, m1, n0, n1) << 1 : 0;
+    for (py::ssize_t a = 0; a < rows.shape(0); ++a) {
+      for (py::ssize_t b = 0; b < columns.shape(0); ++b) {
+        const bool touches = mask.touches(m(a, 0), m(a, 1), n(b, 0), n(b, 1));
+        *next++ = touches | mask.covers(m(a, 0), m(a, 1), n(b, 0), n(b, 1)) << 1;
+      }
     }
   }
   return out;
@@ -153,9 +159,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("mask_matrices", &hstu_ops::mask_matrices, py::arg("length"), py::arg("options"),
         "keep() of K masks as bool [K, length, length]. options is int32 [K, 7]: num_targets, contextual_seq_len, "
         "causal, target_group_size, max_attn_len, min_full_attn_seq_len, global_prefix_len.");
-  m.def("mask_tiles", &hstu_ops::mask_tiles, py::arg("length"), py::arg("options"),
-        "Every tile of K masks as uint8 [K, length + 1, ...] indexed [k, m0, m1, n0, n1]: bit 0 is touches(), bit 1 "
-        "covers(); 0 where m0 >= m1 or n0 >= n1. options as in mask_matrices.");
+  m.def("mask_tiles", &hstu_ops::mask_tiles, py::arg("length"), py::arg("options"), py::arg("rows"), py::arg("columns"),
+        "Tiles of K masks as uint8 [K, R, C]: bit 0 is touches(), bit 1 covers(). rows int32 [R, 2] and columns "
+        "int32 [C, 2] hold (begin, end); options as in mask_matrices.");
   m.def("bucket", &hstu_ops::bucket, py::arg("gap"), py::arg("boundaries"),
         "How many of the sorted boundaries are <= gap.");
   m.def("position_index", &hstu_ops::position_index, py::arg("row_position"), py::arg("col_position"),
