@@ -1,0 +1,292 @@
+// Attention backward with the instructions of sm_80: one kernel for dQ, dK, dV and the gradients of bias tables.
+//
+// A block of threads owns kKeys keys of one head, each warp 16 * kM of them with their dK and dV in registers, and walks
+// tiles of queries. Scores are computed transposed, S' = K Q' and dP' = V dO', so that P' and dS' are left operands of
+// dV += P' dO and dK += dS' Q without leaving the registers; only dQ = dS K needs dS in shared memory:
+//
+//   S', dP', P', dS' | dV += P' dO | dK += dS' Q | dS' to buffer i | barrier | request tile i + 2 | dQ = dS K, added in
+//   global memory (fp32)
+//
+// One barrier a tile: behind it dS' is complete, the next tile has arrived, and this tile's buffers are free.
+#pragma once
+
+#include "core/launch.h"
+#include "cuda/errors.h"
+#include "cuda/sm80/config.h"
+#include "cuda/sm80/dense_bias_grad.cuh"
+#include "cuda/sm80/finish.cuh"
+#include "cuda/tile/bias.h"
+#include "cuda/tile/load.h"
+#include "cuda/tile/product.h"
+#include "cuda/tile/schedule.h"
+#include "cuda/tile/score.h"
+#include "cuda/tile/turns.h"
+#include "cuda/tile/walk.h"
+#include "cuda/tile/workspace.h"
+
+namespace hstu_ops::cuda::sm80 {
+
+struct BwdArguments {
+  AttentionBwdParams params;
+  Schedule schedule;
+  BwdWorkspace workspace;
+};
+
+template <class C>
+struct BwdStorage {
+  using T = typename C::T;
+  SmemTile<T, C::kDim> k, v;
+  SmemTile<T, C::kDim> q, g;     // kStages tiles each; g: gradient of the output
+  SmemTile<T, C::kQueries> ds;   // kStages tiles [key][query]
+  void* bias;
+
+  __device__ explicit BwdStorage(unsigned char* shared) {
+    k.base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    v.base = k.base + C::kKeys * C::kTileBytes;
+    q.base = v.base + C::kKeys * C::kTileBytes;
+    g.base = q.base + C::kStages * C::kQueries * C::kTileBytes;
+    ds.base = g.base + C::kStages * C::kQueries * C::kTileBytes;
+    bias = shared + C::kSharedBytes;
+  }
+};
+
+template <class C, class Bias>
+struct BwdTile {
+  using T = typename C::T;
+  using Scores = Accumulator<C::kM, C::kStep / 8>;
+
+  const BwdArguments& arguments;
+  const Job& job;  // in shared memory: see fwd.cuh
+  const BwdStorage<C>& shared;
+  Accumulator<C::kM, C::kOwnDim / 8> dk, dv;
+
+  __device__ BwdTile(const BwdArguments& arguments, const Job& job, const BwdStorage<C>& shared)
+      : arguments(arguments), job(job), shared(shared) {}
+
+  __device__ const AttentionProblem& problem() const { return arguments.params.problem; }
+  __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ static int warp_key() { return warp() % C::kKeyWarps * C::kWarpKeys; }
+  __device__ static int own_col() { return warp() / C::kKeyWarps * C::kOwnDim; }
+  __device__ int first() const { return job.item.block * C::kKeys; }
+  __device__ RowScale scale() const { return RowScale(problem().scale, job.item.sequence, job.sequence.begin_q); }
+  // Of all scaled gradients; a scale of each row is in dS and P already.
+  __device__ float factor() const {
+    const RowScale s = scale();
+    return s.values ? 1.f : s.value;
+  }
+
+  __device__ __forceinline__ void load_keys() const {
+    const AttentionProblem& a = problem();
+    load_tile<C::kKeys, C::kThreads>(shared.k, GlobalRows<T>(a.k, job.sequence.begin_kv, job.item.head, a.dim_qk), first(),
+                                     job.sequence.mask.len);
+    load_tile<C::kKeys, C::kThreads>(shared.v, GlobalRows<T>(a.v, job.sequence.begin_kv, job.item.head, a.dim_v), first(),
+                                     job.sequence.mask.len);
+  }
+
+  __device__ __forceinline__ void load_queries(int tile, int stage) const {
+    const AttentionProblem& a = problem();
+    load_tile<C::kQueries, C::kThreads>(shared.q.stage(stage, C::kQueries),
+                                        GlobalRows<T>(a.q, job.sequence.begin_q, job.item.head, a.dim_qk), tile * C::kQueries,
+                                        job.sequence.num_q);
+    load_tile<C::kQueries, C::kThreads>(shared.g.stage(stage, C::kQueries),
+                                        GlobalRows<T>(arguments.params.grad_out, job.sequence.begin_q, job.item.head, a.dim_v),
+                                        tile * C::kQueries, job.sequence.num_q);
+  }
+
+  __device__ Classes classify(int tile) const {
+    const Mask& mask = job.sequence.mask;
+    const int m0 = job.sequence.first_row + tile * C::kQueries, m1 = m0 + C::kQueries;
+    const int n0 = first(), n1 = min_int(n0 + C::kKeys, mask.len), w0 = n0 + warp_key(), w1 = w0 + C::kWarpKeys;
+    return {mask.touches(m0, m1, n0, n1), mask.touches(m0, m1, w0, min_int(w1, mask.len)), mask.covers(m0, m1, w0, w1)};
+  }
+
+  // Queries [step, step + kStep) of a tile: dV, dK, and dS' into shared memory.
+  __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage, int step) {
+    const auto q = shared.q.stage(stage, C::kQueries), g = shared.g.stage(stage, C::kQueries);
+    const auto ds = shared.ds.stage(stage, C::kKeys);
+    const int row = job.sequence.first_row + at.tile() * C::kQueries + step, col = first() + warp_key();
+    Scores s, d;
+    s.clear();
+    multiply_rows<T, C::kDim>(s, shared.k, warp_key(), q, step);
+    const typename Bias::template Tile<true, C::kM, C::kStep / 8> offsets(bias, {row, col});
+    offsets.add(s, static_cast<float>(problem().alpha) * Score<T>::kArgument, Score<T>::kArgument);
+    d.clear();
+    multiply_rows<T, C::kDim>(d, shared.v, warp_key(), g, step);
+    Score<T>::differentiate(s, d);
+    if (!at.covered()) mask_columns(job.sequence.mask, row, job.sequence.mask.len, col, s, d);
+    if (problem().scale.per_row) apply_row_scale(at.tile() * C::kQueries + step, s, d);
+    {
+      const Fragment<T, C::kM, C::kStep / 8> p(s);
+      multiply_fragment<T>(dv, p, g, step, own_col());
+    }
+    const Fragment<T, C::kM, C::kStep / 8> f(d);
+    if (own_col() == 0) {
+      offsets.add_grad(d, BiasGradients{arguments.workspace.position, arguments.workspace.time}, state);
+      put_accumulator<T>(ds, warp_key(), step, d, [](int) { return 1.f; });
+    }
+    multiply_fragment<T>(dk, f, q, step, own_col());
+  }
+
+  __device__ __forceinline__ void apply_row_scale(int query, Scores& s, Scores& d) const {
+    const RowScale scale = this->scale();
+    if (!scale.values) return;
+#pragma unroll
+    for (int n = 0; n < C::kStep / 8; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int at = query + n * 8 + lane_col() + c;
+        const float f = at < job.sequence.num_q ? scale(at) : 0.f;
+#pragma unroll
+        for (int m = 0; m < C::kM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            s.x[m][n][2 * h + c] *= f;
+            d.x[m][n][2 * h + c] *= f;
+          }
+      }
+  }
+
+  // This warp keeps nothing of the tile, but its rows of dS' are read.
+  __device__ __forceinline__ void clear_ds(int stage) const {
+    Accumulator<C::kM, C::kQueries / 8> zero;
+    zero.clear();
+    put_accumulator<T>(shared.ds.stage(stage, C::kKeys), warp_key(), 0, zero, [](int) { return 0.f; });
+  }
+
+  __device__ __forceinline__ void add_dq(int tile, int stage) const {
+    Accumulator<C::kQueryM, C::kQueryDim / 8> dq;
+    dq.clear();
+    const int row = warp() / C::kQueryCols * 16 * C::kQueryM, col = warp() % C::kQueryCols * C::kQueryDim;
+    multiply_columns<T, C::kKeys>(dq, shared.ds.stage(stage, C::kKeys), row, shared.k, col);
+    const float f = static_cast<float>(problem().alpha) * Score<T>::kSlope * factor();
+    const int heads = problem().heads;
+#pragma unroll
+    for (int m = 0; m < C::kQueryM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int query = tile * C::kQueries + row + m * 16 + h * 8 + lane_row();
+        if (query >= job.sequence.num_q) continue;
+        float* to = arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col + lane_col();
+#pragma unroll
+        for (int n = 0; n < C::kQueryDim / 8; ++n) ptx::red_add_v2(to + n * 8, dq.x[m][n][2 * h] * f, dq.x[m][n][2 * h + 1] * f);
+      }
+  }
+
+  __device__ __forceinline__ void run(const Bias& bias) {
+    const auto classes = [&](int tile) { return classify(tile); };
+    TileWalk<decltype(classes)> walk(ceil_div(job.sequence.num_q, C::kQueries), classes);
+    load_keys();
+    TileState current = walk.next(), next = current;
+    if (current.exists()) {
+      load_queries(current.tile(), 0);
+      next = walk.next();
+    }
+    ptx::cp_async_commit();
+    dk.clear();
+    dv.clear();
+    typename Bias::GradState state(job.item.head, Score<T>::kSlope * factor());
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (next.exists()) load_queries(next.tile(), 1);
+    ptx::cp_async_commit();
+#pragma unroll 1
+    for (int stage = 0; current.exists(); stage ^= 1) {
+      if (current.mine()) {
+#pragma unroll 1
+        for (int step = 0; step < C::kQueries; step += C::kStep) compute(bias, state, current, stage, step);
+      } else if (own_col() == 0) {
+        clear_ds(stage);
+      }
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // dS' is complete, the next tile has arrived, this tile's Q and dO are free
+      const TileState after = next.exists() ? walk.next() : next;
+      if (after.exists()) load_queries(after.tile(), stage);
+      ptx::cp_async_commit();
+      const Turn turn(arguments.workspace.turns, job, current.tile(), C::kQueries, C::kKeys, problem());
+      turn.wait();
+      add_dq(current.tile(), stage);
+      turn.pass();
+      current = next;
+      next = after;
+    }
+    state.finish(BiasGradients{arguments.workspace.position, arguments.workspace.time});
+  }
+
+  __device__ __forceinline__ void store() const {
+    const AttentionProblem& a = problem();
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // nobody reads K and V any more
+    const float fv = factor(), fk = fv * static_cast<float>(a.alpha) * Score<T>::kSlope;
+    put_accumulator<T>(shared.k, warp_key(), own_col(), dk, [=](int) { return fk; });
+    put_accumulator<T>(shared.v, warp_key(), own_col(), dv, [=](int) { return fv; });
+    __syncthreads();
+    const AttentionBwdParams& p = arguments.params;
+    const int len = job.sequence.mask.len;
+    store_tile<C::kKeys, C::kThreads>(shared.k, 0, GlobalRows<T>(p.grad_k, job.sequence.begin_kv, job.item.head, a.dim_qk), first(), len,
+                                      threadIdx.x);
+    store_tile<C::kKeys, C::kThreads>(shared.v, 0, GlobalRows<T>(p.grad_v, job.sequence.begin_kv, job.item.head, a.dim_v), first(), len,
+                                      threadIdx.x);
+  }
+};
+
+template <class C, class Bias>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_bwd_kernel(const __grid_constant__ BwdArguments arguments) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ Job job;
+  const BwdStorage<C> shared(memory);
+  const AttentionProblem& problem = arguments.params.problem;
+  WorkItem item;
+  Tickets tickets(arguments.workspace.ticket);
+  while (find_work<C::kKeys, true>(arguments.schedule, tickets.next(), item)) {
+    if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence)};
+    __syncthreads();
+    const Bias& bias = make_bias<Bias>(problem, job, shared.bias);
+    BwdTile<C, Bias> tile(arguments, job, shared);
+    tile.run(bias);
+    tile.store();
+    __syncthreads();  // the next item reuses shared memory
+  }
+}
+
+template <class C, class Bias>
+Status launch_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t stream) {
+  const AttentionProblem& a = params.problem;
+  const BwdArguments arguments{params, key_schedule(a), BwdWorkspace::plan(params, C::kDim, C::kQueries, memory)};
+  const auto kernel = attention_bwd_kernel<C, Bias>;
+  const int bytes = C::kSharedBytes + Bias::kSharedBytes;
+  HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  HSTU_TRY(cudaMemsetAsync(memory, 0, arguments.workspace.bytes, stream));
+  for (const TableSums* t : {&arguments.workspace.position, &arguments.workspace.time})
+    if (t->sums && !t->words) HSTU_TRY(cudaMemsetAsync(t->sums, 0, t->entries * sizeof(float), stream));
+  const int64_t blocks = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
+  kernel<<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(arguments);
+  HSTU_TRY(cudaGetLastError());
+  return finish_bwd<typename C::T>(params, arguments.workspace, C::kDim, stream);
+}
+
+template <class T, int kDim, bool kLarge>
+Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t stream) {
+  using C = BwdConfigOf<T, kDim, kLarge>;
+  const AttentionProblem& a = params.problem;
+  if (a.dense.data) {
+    const Status status = params.grad_bias ? dense_bias_grad<T, kDim>(params, stream) : Status{};
+    return status.ok() ? launch_bwd<C, DenseBias>(params, memory, stream) : status;
+  }
+  if (a.relative.position_weight || a.relative.time_weight) return launch_bwd<C, RelativeBias>(params, memory, stream);
+  return launch_bwd<C, NoBias>(params, memory, stream);
+}
+
+template <class T, int kDim>
+Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t stream) {
+  using Small = BwdConfigOf<T, kDim, false>;
+  using Large = BwdConfigOf<T, kDim, true>;
+  if constexpr (Small::kSharedBytes != Large::kSharedBytes) {
+    int device = 0, limit = 0;
+    HSTU_TRY(cudaGetDevice(&device));
+    HSTU_TRY(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (limit >= kLargeSharedMemory) return attention_bwd<T, kDim, true>(params, memory, stream);
+  }
+  return attention_bwd<T, kDim, false>(params, memory, stream);
+}
+
+}  // namespace hstu_ops::cuda::sm80

@@ -1,0 +1,177 @@
+// Attention forward with the instructions of sm_80.
+//
+// A block of threads owns kRows queries of one head; each warp keeps its queries' output in registers. Tiles of keys and
+// values stream through two stages of shared memory:
+//
+//   wait for stage i, barrier | request stage i + 1 | S = Q K^T | P = silu(S) in registers | O += P V
+//
+// P never leaves the registers: the accumulator of the first product is the left operand of the second.
+#pragma once
+
+#include "core/launch.h"
+#include "cuda/errors.h"
+#include "cuda/sm80/config.h"
+#include "cuda/tile/bias.h"
+#include "cuda/tile/load.h"
+#include "cuda/tile/product.h"
+#include "cuda/tile/schedule.h"
+#include "cuda/tile/score.h"
+#include "cuda/tile/walk.h"
+
+namespace hstu_ops::cuda::sm80 {
+
+struct FwdArguments {
+  AttentionFwdParams params;
+  Schedule schedule;
+};
+
+template <class C>
+struct FwdStorage {
+  using T = typename C::T;
+  SmemTile<T, C::kDim> q, k, v;  // k and v: kStages tiles each
+  void* bias;
+
+  __device__ explicit FwdStorage(unsigned char* shared) {
+    const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    q.base = base;
+    k.base = q.base + C::kRows * C::kTileBytes;
+    v.base = k.base + C::kStages * C::kCols * C::kTileBytes;
+    bias = shared + C::kSharedBytes;
+  }
+};
+
+template <class C, class Bias>
+struct FwdTile {
+  using T = typename C::T;
+
+  const AttentionFwdParams& params;
+  const Job& job;  // in shared memory: kept in registers it would cost as much as half an accumulator
+  const FwdStorage<C>& shared;
+  Accumulator<C::kM, C::kDim / 8> out;
+
+  __device__ FwdTile(const AttentionFwdParams& params, const Job& job, const FwdStorage<C>& shared)
+      : params(params), job(job), shared(shared) {}
+
+  __device__ int first() const { return job.item.block * C::kRows; }
+  __device__ int warp_row() const { return static_cast<int>(threadIdx.x / 32) * C::kWarpRows; }
+  __device__ int mask_row(int query) const { return job.sequence.first_row + query; }
+
+  __device__ __forceinline__ void load_queries() const {
+    const AttentionProblem& a = params.problem;
+    load_tile<C::kRows, C::kThreads>(shared.q, GlobalRows<T>(a.q, job.sequence.begin_q, job.item.head, a.dim_qk), first(), job.sequence.num_q);
+  }
+
+  __device__ __forceinline__ void load_keys(int tile, int stage) const {
+    const AttentionProblem& a = params.problem;
+    load_tile<C::kCols, C::kThreads>(shared.k.stage(stage, C::kCols), GlobalRows<T>(a.k, job.sequence.begin_kv, job.item.head, a.dim_qk),
+                                     tile * C::kCols, job.sequence.mask.len);
+    load_tile<C::kCols, C::kThreads>(shared.v.stage(stage, C::kCols), GlobalRows<T>(a.v, job.sequence.begin_kv, job.item.head, a.dim_v),
+                                     tile * C::kCols, job.sequence.mask.len);
+  }
+
+  __device__ Classes classify(int tile) const {
+    const Mask& mask = job.sequence.mask;
+    const int n0 = tile * C::kCols, n1 = n0 + C::kCols;
+    const int row = mask_row(first()), end = mask_row(min_int(first() + C::kRows, job.sequence.num_q));
+    const int m0 = row + warp_row(), m1 = min_int(m0 + C::kWarpRows, end);
+    return {mask.touches(row, end, n0, min_int(n1, mask.len)), mask.touches(m0, m1, n0, min_int(n1, mask.len)),
+            mask.covers(m0, m1, n0, n1)};
+  }
+
+  __device__ __forceinline__ void compute(const Bias& bias, const TileState& state, int stage) {
+    const auto k = shared.k.stage(stage, C::kCols), v = shared.v.stage(stage, C::kCols);
+    const float alpha = static_cast<float>(params.problem.alpha) * Score<T>::kArgument;
+    const int row = mask_row(first() + warp_row());
+#pragma unroll 1
+    for (int step = 0; step < C::kCols; step += C::kStep) {
+      Accumulator<C::kM, C::kStep / 8> s;
+      s.clear();
+      multiply_rows<T, C::kDim>(s, shared.q, warp_row(), k, step);
+      const int col = state.tile() * C::kCols + step;
+      const typename Bias::template Tile<false, C::kM, C::kStep / 8> offsets(bias, {row, col});
+      offsets.add(s, alpha, Score<T>::kArgument);
+      Score<T>::activate(s);
+      if (!state.covered()) mask_rows(job.sequence.mask, row, col, s);
+      const Fragment<T, C::kM, C::kStep / 8> p(s);
+      multiply_fragment<T>(out, p, v, step, 0);
+    }
+  }
+
+  __device__ __forceinline__ void run(const Bias& bias) {
+    const auto classes = [&](int tile) { return classify(tile); };
+    TileWalk<decltype(classes)> walk(ceil_div(job.sequence.mask.len, C::kCols), classes);
+    load_queries();
+    TileState current = walk.next();
+    if (current.exists()) load_keys(current.tile(), 0);
+    ptx::cp_async_commit();
+    out.clear();
+#pragma unroll 1
+    for (int stage = 0; current.exists(); stage ^= 1) {
+      const TileState next = walk.next();
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this stage has arrived; the other one, and before the first tile the bias table, are free to use
+      if (next.exists()) load_keys(next.tile(), stage ^ 1);
+      ptx::cp_async_commit();
+      if (current.mine()) compute(bias, current, stage);
+      current = next;
+    }
+  }
+
+  // Through the warp's own rows of Q, which nobody else reads, so that global writes are whole rows.
+  __device__ __forceinline__ void store() const {
+    const AttentionProblem& a = params.problem;
+    const int row = warp_row(), warp_first = first() + row;
+    const RowScale scale(a.scale, job.item.sequence, job.sequence.begin_q);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    put_accumulator<T>(shared.q, row, 0, out, [&](int r) {
+      const int query = warp_first + r + lane_row();
+      return query < job.sequence.num_q ? scale(query) : 0.f;
+    });
+    __syncwarp();
+    const GlobalRows<T> to(params.out, job.sequence.begin_q, job.item.head, a.dim_v);
+    store_tile<C::kWarpRows, 32>(shared.q, row, to, warp_first, job.sequence.num_q, lane_id());
+  }
+};
+
+template <class C, class Bias>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ Job job;
+  const FwdStorage<C> shared(memory);
+  const AttentionProblem& problem = arguments.params.problem;
+  WorkItem item;
+  for (int64_t i = blockIdx.x; find_work<C::kRows, false>(arguments.schedule, i, item); i += gridDim.x) {
+    if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence)};
+    __syncthreads();
+    const Bias& bias = make_bias<Bias>(problem, job, shared.bias);
+    FwdTile<C, Bias> tile(arguments.params, job, shared);
+    tile.run(bias);
+    tile.store();
+    __syncthreads();  // the next item reuses shared memory
+  }
+}
+
+template <class C, class Bias>
+Status launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
+  const AttentionProblem& a = params.problem;
+  FwdArguments arguments{params, query_schedule(a)};
+  const auto kernel = attention_fwd_kernel<C, Bias>;
+  const int bytes = C::kSharedBytes + Bias::kSharedBytes;
+  HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const int64_t blocks = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
+  kernel<<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(arguments);
+  HSTU_TRY(cudaGetLastError());
+  return {};
+}
+
+template <class T, int kDim>
+Status attention_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
+  using C = FwdConfig<T, kDim>;
+  const AttentionProblem& a = params.problem;
+  if (a.dense.data) return launch_fwd<C, DenseBias>(params, stream);
+  if (a.relative.position_weight || a.relative.time_weight) return launch_fwd<C, RelativeBias>(params, stream);
+  return launch_fwd<C, NoBias>(params, stream);
+}
+
+}  // namespace hstu_ops::cuda::sm80

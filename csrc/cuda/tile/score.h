@@ -1,0 +1,66 @@
+// From u, a product's share of the argument of SiLU, to p = silu and to twice or once its derivative. 16-bit types take
+// u = x / 2 and p = u + u tanh(u) with the hardware's tanh, fp32 takes u = x and an exact sigmoid.
+#pragma once
+
+#include "core/silu.h"
+#include "cuda/ptx/math.h"
+#include "cuda/tile/layout.h"
+
+namespace hstu_ops::cuda {
+
+template <class T>
+struct Score {
+  static constexpr float kArgument = kIs16Bit<T> ? 0.5f : 1.f;  // u = kArgument * x
+  static constexpr float kSlope = kIs16Bit<T> ? 0.5f : 1.f;     // silu'(x) = kSlope * slope
+
+  template <int kM, int kN>
+  __device__ static __forceinline__ void activate(Accumulator<kM, kN>& s) {
+    s.each([](float& x, int, int) { x = value(x); });
+  }
+  // s: u in, p out; d: dp in, dp * slope out.
+  template <int kM, int kN>
+  __device__ static __forceinline__ void differentiate(Accumulator<kM, kN>& s, Accumulator<kM, kN>& d) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float u = s.x[m][n][e];
+          if constexpr (kIs16Bit<T>) {
+            const float t = ptx::tanh_approx(u), p = fmaf(u, t, u);
+            const float g = fmaf(-p, t, p) + t;  // 2 silu' - 1
+            s.x[m][n][e] = p;
+            d.x[m][n][e] = fmaf(d.x[m][n][e], g, d.x[m][n][e]);
+          } else {
+            const float sigmoid = 1.f / (1.f + expf(-u));
+            s.x[m][n][e] = silu(u, sigmoid);
+            d.x[m][n][e] *= silu_grad(u, sigmoid);
+          }
+        }
+  }
+
+ private:
+  __device__ static __forceinline__ float value(float u) {
+    if constexpr (kIs16Bit<T>) {
+      return fmaf(u, ptx::tanh_approx(u), u);
+    } else {
+      return silu(u, 1.f / (1.f + expf(-u)));
+    }
+  }
+};
+
+// Factor of the output rows of one sequence.
+struct RowScale {
+  const float* values;  // of the sequence's first query row; absent: value holds for all rows
+  float value;
+
+  __device__ RowScale(const ScaleParams& p, int sequence, int64_t first_row) {
+    const float* data = static_cast<const float*>(p.values);
+    values = data && p.per_row ? data + first_row : nullptr;
+    value = data && !p.per_row ? data[sequence] : static_cast<float>(p.value);
+  }
+  __device__ float operator()(int row) const { return values ? values[row] : value; }
+};
+
+}  // namespace hstu_ops::cuda

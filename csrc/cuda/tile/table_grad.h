@@ -1,0 +1,58 @@
+// Sums of bias gradients into small tables that all blocks of threads share.
+//
+// Normally one fp32 reduction in global memory per value, in whatever order. On request exact: a value is split into 32-bit
+// digits of a fixed-point number that spans all of fp32, and integer sums do not depend on their order.
+#pragma once
+
+#include "cuda/ptx/memory.h"
+#include "cuda/tile/layout.h"
+
+namespace hstu_ops::cuda {
+
+struct TableSums {
+  static constexpr int kDigits = 9;         // 32 bits each, in 64-bit words: room for 2^31 values
+  static constexpr int kWords = kDigits + 1;  // and one word of flags: 1 +inf, 2 -inf, 4 NaN
+
+  float* sums = nullptr;                  // [entries]; null: not wanted
+  unsigned long long* words = nullptr;    // [kWords][entries]; null: sums are added to directly
+  int64_t entries = 0, head_stride = 0;   // head_stride 0: all heads share one table
+
+  static __device__ __noinline__ void add_exactly(unsigned long long* word, int64_t entries, float x) {
+    const unsigned bits = __float_as_uint(x), exponent = bits >> 23 & 255, fraction = bits & 0x7fffff;
+    if (exponent == 255) {
+      atomicOr(word + kDigits * entries, fraction ? 4ull : bits >> 31 ? 2ull : 1ull);
+      return;
+    }
+    const unsigned position = exponent ? exponent - 1 : 0;
+    const unsigned long long value = static_cast<unsigned long long>(exponent ? fraction | 0x800000 : fraction) << position % 32;
+    unsigned long long low = value & 0xffffffff, high = value >> 32;
+    if (bits >> 31) low = -low, high = -high;
+    word += position / 32 * entries;
+    ptx::red_add(word, low);
+    if (high) ptx::red_add(word + entries, high);
+  }
+  __device__ __forceinline__ void add(int head, int index, float x) const {
+    if (x == 0.f) return;
+    const int64_t at = head * head_stride + index;
+    if (words) {
+      add_exactly(words + at, entries, x);
+    } else {
+      atomicAdd(sums + at, x);
+    }
+  }
+  // The exact sum, rounded once or twice.
+  __device__ float total(int64_t at) const {
+    const unsigned long long flags = words[kDigits * entries + at];
+    if (flags) return __uint_as_float(flags == 1 ? 0x7f800000 : flags == 2 ? 0xff800000 : 0x7fffffff);
+    double sum = 0;
+    for (int d = kDigits - 1; d >= 0; --d)
+      sum += ldexp(static_cast<double>(static_cast<long long>(words[d * entries + at])), 32 * d - 149);
+    return static_cast<float>(sum);
+  }
+};
+
+struct BiasGradients {
+  TableSums position, time;
+};
+
+}  // namespace hstu_ops::cuda

@@ -1,0 +1,114 @@
+// Which tiles a block of threads visits and which elements of them count: everything here is derived from core/mask.h.
+#pragma once
+
+#include "core/mask.h"
+#include "cuda/tile/layout.h"
+
+namespace hstu_ops::cuda {
+
+// A tile to visit, in one register.
+class TileState {
+ public:
+  __device__ TileState() : code_(-1) {}
+  __device__ TileState(int tile, bool mine, bool covered) : code_(tile * 4 + (mine ? 2 : 0) + (covered ? 1 : 0)) {}
+
+  __device__ bool exists() const { return code_ >= 0; }  // false: no more
+  __device__ int tile() const { return code_ >> 2; }
+  __device__ bool mine() const { return code_ & 2; }     // this warp keeps an element of it
+  __device__ bool covered() const { return code_ & 1; }  // this warp keeps all of its elements
+
+ private:
+  int code_;
+};
+
+// The tiles out of [0, count) that a block visits, in order. classify(tile) says {visited by the block, kept by this warp,
+// covered for this warp}; 32 tiles are classified at once, one a lane. The first answer is the same in all warps.
+struct Classes {
+  bool visited, mine, covered;
+};
+
+template <class Classify>
+class TileWalk {
+ public:
+  __device__ TileWalk(int count, const Classify& classify) : classify_(classify), count_(count) {}
+
+  __device__ __forceinline__ TileState next() {
+    while (visited_ == 0) {
+      if (upcoming_ >= count_) return {};
+      const int tile = upcoming_ + lane_id();
+      upcoming_ += 32;
+      Classes c = {false, false, false};
+      if (tile < count_) c = classify_(tile);
+      visited_ = __ballot_sync(~0u, c.visited);
+      mine_ = __ballot_sync(~0u, c.mine);
+      covered_ = __ballot_sync(~0u, c.covered);
+    }
+    const int bit = __ffs(visited_) - 1;
+    visited_ &= visited_ - 1;
+    return {upcoming_ - 32 + bit, (mine_ >> bit & 1) != 0, (covered_ >> bit & 1) != 0};
+  }
+
+ private:
+  Classify classify_;
+  int count_, upcoming_ = 0;
+  unsigned visited_ = 0, mine_ = 0, covered_ = 0;
+};
+
+__device__ __forceinline__ uint64_t bits_below(int n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
+
+__device__ __forceinline__ uint64_t interval_bits(const Interval& s, int first) {
+  return bits_below(s.hi - first) & ~bits_below(s.lo - first);
+}
+
+// Which of the columns [first, first + 64) a row keeps.
+__device__ __forceinline__ uint64_t row_bits(const Mask& mask, int row, int first) {
+  const RowSpans r = mask.row(row);
+  return interval_bits(r.prefix, first) | interval_bits(r.window, first) | interval_bits(r.group, first);
+}
+
+// Zeroes what rows [row, row + 16 kM) do not keep of columns [col, col + 8 kN). One lane works out one row.
+template <int kM, int kN>
+__device__ __forceinline__ void mask_rows(const Mask& mask, int row, int col, Accumulator<kM, kN>& acc) {
+  static_assert(kM <= 2 && kN <= 8, "one row a lane, 64 columns a word");
+  const uint64_t bits = row_bits(mask, row + lane_id(), col);
+  const unsigned words[2] = {static_cast<unsigned>(bits), static_cast<unsigned>(bits >> 32)};
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int w = 0; w < (kN + 3) / 4; ++w) {
+        const unsigned mine = __shfl_sync(~0u, words[w], m * 16 + h * 8 + lane_row()) >> lane_col();
+#pragma unroll
+        for (int n = w * 4; n < min_int(w * 4 + 4, kN); ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+            if (!(mine >> (n % 4 * 8 + c) & 1)) acc.x[m][n][2 * h + c] = 0.f;
+      }
+}
+
+// The same for a transposed tile: its rows are columns [col, col + 16 kM) of the mask. Zeroes both accumulators.
+template <int kM, int kN>
+__device__ __forceinline__ void mask_columns(const Mask& mask, int row, int end_row, int col, Accumulator<kM, kN>& a,
+                                             Accumulator<kM, kN>& b) {
+  static_assert(kM <= 2 && kN <= 8, "32 columns of the mask a word, two of its rows a lane");
+  unsigned bits[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < (kN + 3) / 4; ++i) {
+    const int at = row + i * 32 + lane_id();
+    if (at < end_row) bits[i] = static_cast<unsigned>(row_bits(mask, at, col));
+  }
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const unsigned mine = __shfl_sync(~0u, bits[n / 4], n % 4 * 8 + lane_col() + c) >> lane_row();
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (!(mine >> (m * 16 + h * 8) & 1)) a.x[m][n][2 * h + c] = b.x[m][n][2 * h + c] = 0.f;
+    }
+}
+
+}  // namespace hstu_ops::cuda
