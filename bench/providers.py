@@ -61,6 +61,9 @@ class Own(Provider):
         if self.backend:
             os.environ["HSTU_OPS_BACKEND"] = self.backend
         try:
+            used = hstu_ops.build_info().get("cuda_backend", self.backend)
+            if self.backend and used != self.backend:
+                raise RuntimeError(f"HSTU_OPS_BACKEND={self.backend} is set, but {used} is used")
             yield
         finally:
             if before is None:

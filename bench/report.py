@@ -119,7 +119,7 @@ def _output(*command: str) -> str:
 
 def slug(env: Environment, device: str) -> str:
     """The name of the result files of a machine."""
-    name = env.device if device == "cuda" else f"{env.device} {env.threads} threads"
+    name = env.device if device == "cuda" else f"{env.device} {env.threads} threads {env.isa}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -192,7 +192,7 @@ def plot(rows: Sequence[Row], env: Environment, path: Path, device: str) -> str:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        return "no plot: matplotlib is not installed"
+        return "no plot: matplotlib is not installed (pip install matplotlib)"
     try:
         _draw(pyplot, rows, env, path, 1e3 if device == "cuda" else 1, "TFLOP/s" if device == "cuda" else "GFLOP/s")
     except Exception as error:

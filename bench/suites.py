@@ -32,6 +32,8 @@ def choose(args: argparse.Namespace, device: str) -> list[Entry]:
         entries = cuda_suite(args.quick, types(args, device))
     else:
         entries = cpu_suite(args.quick, types(args, device))
+    if args.providers:  # asked for by name: beside every case
+        entries = [replace(x, compare=True) for x in entries]
     if args.direction:
         entries = [replace(x, directions=tuple(args.direction)) for x in entries]
     return entries

@@ -193,6 +193,7 @@ def test_suites_hold_the_stated_cases():
     shapes = {(x.problem.case.name, problems.type_name(x.problem.dtype)) for x in cpu}
     assert {(f"dense-{n}{b}", t) for n in (512, 4096) for b in ("", "-bias") for t in ("fp32", "bf16")} <= shapes
     assert {("quarter", "fp32"), ("quarter-bias", "fp32")} <= shapes
+    assert not cpu[0].compare and all(x.compare for x in suites.choose(attention.parse(["--providers=padded"]), "cpu"))
     cuda = suites.choose(attention.parse([]), "cuda")
     assert {("N8192 B16 D128", 128), ("N1024 B32 D256", 256)} <= {
         (x.problem.case.name, x.problem.case.dim_qk) for x in cuda
@@ -222,6 +223,10 @@ def test_backend_is_forced_only_while_it_runs(monkeypatch):
     monkeypatch.setenv("HSTU_OPS_BACKEND", "sm90")
     with providers.Own("sm80").active():
         assert os.environ["HSTU_OPS_BACKEND"] == "sm80"
+    assert os.environ["HSTU_OPS_BACKEND"] == "sm90"
+    monkeypatch.setattr(providers.hstu_ops, "build_info", lambda: {"cuda_backend": "sm90"})
+    with pytest.raises(RuntimeError, match="sm90 is used"), providers.Own("sm80").active():
+        pass
     assert os.environ["HSTU_OPS_BACKEND"] == "sm90"
 
 
@@ -334,7 +339,7 @@ def test_csv_of_other_columns_is_not_mixed(tmp_path):
 def test_environment_says_where_a_figure_comes_from():
     env = report.environment("cpu")
     assert env.threads == torch.get_num_threads() and env.torch == torch.__version__ and env.isa
-    assert report.slug(replace(env, device="A (R) B", threads=2), "cpu") == "a-r-b-2-threads"
+    assert report.slug(replace(env, device="A (R) B", threads=2, isa="avx2"), "cpu") == "a-r-b-2-threads-avx2"
     assert (
         measure._peaks_line(peaks.Peaks("cpu", {torch.float32: 1e11}, 1e10))
         == "torch.mm fp32 100 GFLOP/s, copy 10.0 GB/s"
