@@ -20,10 +20,6 @@ from torch import Tensor
 from .bias import accumulation_dtype
 
 _MIN_TORCH = (2, 10)
-_NUM_ARGS = 24  # of attention_fwd; attention_bwd takes grad_out, these, need_bias_grad, deterministic
-_BIAS, _POSITION_WEIGHT, _TIME_WEIGHT = 17, 18, 19
-_TENSORS = (0, 1, 2, 3, 4, 8, 10, 13, 17, 18, 19, 20, 21, 22)
-_DIFFERENTIABLE = (0, 1, 2, _BIAS, _POSITION_WEIGHT, _TIME_WEIGHT)
 
 
 def _load() -> None:
@@ -50,6 +46,12 @@ _ops = torch.ops.hstu_ops
 _fwd, _bwd = _ops.attention_fwd.default, _ops.attention_bwd.default
 _lib = torch.library.Library("hstu_ops", "IMPL")  # the registrations below live as long as this object
 
+# Places among the arguments of attention_fwd. attention_bwd takes grad_out, these, need_bias_grad, deterministic.
+_ARGUMENTS = [x.name for x in _fwd._schema.arguments]
+_TENSORS = tuple(i for i, x in enumerate(_fwd._schema.arguments) if "Tensor" in str(x.type))
+_TABLES = tuple(_ARGUMENTS.index(x) for x in ("bias", "position_weight", "time_weight"))
+_DIFFERENTIABLE = (*(_ARGUMENTS.index(x) for x in "qkv"), *_TABLES)  # in the order of attention_bwd's results
+
 
 def build_info() -> dict[str, str]:
     """What this build holds, as the library reports it: instruction sets, CUDA architectures, versions."""
@@ -69,11 +71,9 @@ def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tenso
 
 @torch.library.register_fake("hstu_ops::attention_bwd", lib=_lib)
 def _attention_bwd_fake(grad_out: Tensor, *args: object) -> tuple[Tensor, ...]:
-    args, need_bias_grad = args[:_NUM_ARGS], args[_NUM_ARGS]
+    need_bias_grad = args[len(_ARGUMENTS)]
     q, k, v = args[:3]
-    tables = (
-        args[i] if need_bias_grad and args[i] is not None else None for i in (_BIAS, _POSITION_WEIGHT, _TIME_WEIGHT)
-    )
+    tables = (args[i] if need_bias_grad else None for i in _TABLES)
     dtype = accumulation_dtype(q.dtype)
     table_grads = (q.new_empty((0,) if w is None else w.shape, dtype=dtype) for w in tables)
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *table_grads)
@@ -100,9 +100,9 @@ class _Attention(torch.autograd.Function):
             args[i] = x
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
-        need_bias_grad = any(ctx.needs_input_grad[i] for i in (_BIAS, _POSITION_WEIGHT, _TIME_WEIGHT))
+        need_bias_grad = any(ctx.needs_input_grad[i] for i in _TABLES)
         grads = _attention_bwd(grad_out, *args, need_bias_grad, torch.are_deterministic_algorithms_enabled())
-        result = [None] * _NUM_ARGS
+        result = [None] * len(_ARGUMENTS)
         for i, grad in zip(_DIFFERENTIABLE, grads, strict=True):
             result[i] = grad if ctx.needs_input_grad[i] else None
         return tuple(result)

@@ -79,10 +79,10 @@ def hstu_attention(
     float64). Not of alpha, scale and timestamps, which may not require one. There is no second derivative
     (RuntimeError); `hstu_ops.reference` has it.
 
-    Numerics: float16 and bfloat16 are multiplied and summed in float32; `silu(s)` is rounded to the type of v before
-    the product with v. Autocast casts q, k and v, not the tables. Rows that keep nothing are 0. The forward pass is
-    bitwise reproducible, the backward pass under `torch.use_deterministic_algorithms(True)`. Memory grows with the
-    number of rows, never with its square.
+    Numerics: float16 and bfloat16 are multiplied and summed in float32; a backend may round `silu(s)` and its gradient
+    to the type of v before their products (CUDA does, CPU does not). Autocast casts q, k and v, not the tables. Rows
+    that keep nothing are 0. The forward pass is bitwise reproducible, the backward pass under
+    `torch.use_deterministic_algorithms(True)`. Memory grows with the number of rows, never with its square.
 
     Errors: TypeError or ValueError naming the argument, what was expected and what came. With `HSTU_OPS_CHECK=1` in the
     environment at import, the content of offsets and lengths is checked on every device (which waits for the device).

@@ -1,12 +1,14 @@
 """Time buckets equal their published expressions bit for bit; tables, their module and their gradients."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, make
+from checks import forward_backward
 
-from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, hstu_attention
+from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, hstu_attention, reference
 
 
 def _differences(buckets: TimeBuckets) -> torch.Tensor:
@@ -127,6 +129,27 @@ def test_tables_of_another_type(device):
     for x, y in zip(low.leaves.items(), same.leaves.items(), strict=True):
         got, want = (torch.autograd.grad(i.call(hstu_attention).sum(), t)[0] for i, t in ((low, x[1]), (same, y[1])))
         assert got.dtype == x[1].dtype and torch.equal(got, want.to(got.dtype))
+
+
+@pytest.mark.parametrize("per_head", (False, True))
+@pytest.mark.parametrize("order", ("shuffled", "falling", "equal", "far"))
+def test_times_in_any_order(order, per_head, device):
+    """Rising timestamps are the usual case, not a condition: buckets are right for any."""
+    bias = "position/head+time/head" if per_head else "position+time"
+    inputs = make(Case("", (150, 7, 90), bias=bias, num_targets=(9, 0, 3)), torch.float64, device)
+    times = inputs.options["bias"].timestamps
+    times = {
+        "shuffled": times[torch.randperm(len(times)).to(device)],
+        "falling": times.flip(0),
+        "equal": torch.full_like(times, 7),
+        "far": torch.where(torch.rand(len(times)).to(device) < 0.1, times + 2**50, times),
+    }[order]
+    inputs.options["bias"] = replace(inputs.options["bias"], timestamps=times)
+    grad_out = torch.randn(len(inputs.q), 2, 32, dtype=torch.float64).to(device)
+    got = forward_backward(hstu_attention, inputs, grad_out)
+    want = forward_backward(reference.hstu_attention, inputs, grad_out)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10)
 
 
 def test_extreme_times(device):
