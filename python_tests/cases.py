@@ -39,6 +39,11 @@ def devices() -> list[str]:
     return ["cpu"] + (["cuda"] if torch.cuda.is_available() and "cuda" in DEVICE_TYPES else [])
 
 
+def dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """What the kernels of a device serve: CUDA has no float64."""
+    return DTYPES if device == "cpu" else DTYPES[1:]
+
+
 def backend(device: str) -> str:
     forced = os.environ.get("HSTU_OPS_BACKEND", "")
     return f"{device}-{forced}" if device == "cuda" and forced else device

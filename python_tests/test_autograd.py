@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hstu_ops import hstu_attention, reference
 
+pytestmark = pytest.mark.usefixtures("deterministic")
 _NO_SECOND = r"no second derivative: use hstu_ops\.reference"
 
 _CASES = [
@@ -29,13 +30,13 @@ def _function(inputs):
 
 
 @pytest.mark.parametrize("case", _CASES, ids=str)
-def test_gradcheck(case, device):
-    attention, leaves = _function(make(case, torch.float64, device))
+def test_gradcheck(case, device64):
+    attention, leaves = _function(make(case, torch.float64, device64))
     assert torch.autograd.gradcheck(attention, leaves)
 
 
 def test_second_derivative_is_an_error(device):
-    attention, (q, *rest) = _function(make(_CASES[1], torch.float64, device))
+    attention, (q, *rest) = _function(make(_CASES[1], device=device))
     out = attention(q, *rest)
     first = torch.autograd.grad(out.square().sum(), q, create_graph=True)[0]
     with pytest.raises(RuntimeError, match=_NO_SECOND):

@@ -103,6 +103,7 @@ def test_module_on_a_device(device):
         assert {x.device.type for x in (*rab.parameters(), *rab.buffers())} == {torch.device(device).type}
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("options", [{}, {"num_heads": 2}, {"position": False}])
 def test_module_trains(options, device):
     """Tables learn through the op: the module's gradients are those of a RelativeBias given directly."""
@@ -119,6 +120,7 @@ def test_module_trains(options, device):
         assert (weight.grad != 0).any() and torch.equal(weight.grad, tables[name].grad)
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_tables_of_another_type(device):
     """bfloat16 tables are used as float32, and their gradient comes back in their own type."""
     inputs = make(Case("", (30, 50), bias="position+time"), device=device)
@@ -133,19 +135,19 @@ def test_tables_of_another_type(device):
 
 @pytest.mark.parametrize("per_head", (False, True))
 @pytest.mark.parametrize("order", ("shuffled", "falling", "equal", "far"))
-def test_times_in_any_order(order, per_head, device):
+def test_times_in_any_order(order, per_head, device64):
     """Rising timestamps are the usual case, not a condition: buckets are right for any."""
     bias = "position/head+time/head" if per_head else "position+time"
-    inputs = make(Case("", (150, 7, 90), bias=bias, num_targets=(9, 0, 3)), torch.float64, device)
+    inputs = make(Case("", (150, 7, 90), bias=bias, num_targets=(9, 0, 3)), torch.float64, device64)
     times = inputs.options["bias"].timestamps
     times = {
-        "shuffled": times[torch.randperm(len(times)).to(device)],
+        "shuffled": times[torch.randperm(len(times)).to(device64)],
         "falling": times.flip(0),
         "equal": torch.full_like(times, 7),
-        "far": torch.where(torch.rand(len(times)).to(device) < 0.1, times + 2**50, times),
+        "far": torch.where(torch.rand(len(times)).to(device64) < 0.1, times + 2**50, times),
     }[order]
     inputs.options["bias"] = replace(inputs.options["bias"], timestamps=times)
-    grad_out = torch.randn(len(inputs.q), 2, 32, dtype=torch.float64).to(device)
+    grad_out = torch.randn(len(inputs.q), 2, 32, dtype=torch.float64).to(device64)
     got = forward_backward(hstu_attention, inputs, grad_out)
     want = forward_backward(reference.hstu_attention, inputs, grad_out)
     for name in want:

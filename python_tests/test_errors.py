@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case, make
+from cases import Case, devices, dtypes, make
 
 from hstu_ops import RelativeBias, TimeBuckets, hstu_attention
 from hstu_ops import attention as attention_module
@@ -215,6 +216,13 @@ def test_device_without_kernels(monkeypatch):
         _call()
 
 
+@pytest.mark.parametrize("device", [x for x in devices() if torch.float64 not in dtypes(x)])
+def test_type_without_kernels(device):
+    inputs = make(_CASE, torch.float64, device, grad=False)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="float64"):
+        inputs.call(hstu_attention)
+
+
 def _import(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
@@ -250,8 +258,7 @@ def test_import_without_a_working_library(content, tmp_path):
     expected = (
         "is not built .* run `pip install .`" if content is None else "does not load .* rebuild it on this machine"
     )
-    assert last.startswith("ImportError: ")
-    assert __import__("re").search(expected, last), last
+    assert last.startswith("ImportError: ") and re.search(expected, last), last
 
 
 def test_bias_without_terms_is_no_bias():

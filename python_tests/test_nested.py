@@ -8,6 +8,7 @@ from cases import Case, make
 
 from hstu_ops import hstu_attention
 
+pytestmark = pytest.mark.usefixtures("deterministic")
 _CASE = Case("", (20, 0, 13, 1), bias="position+time", num_targets=(3, 0, 2, 1))
 
 
