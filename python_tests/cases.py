@@ -239,6 +239,9 @@ SMALL = [
         scale="row",
         bias="time",
     ),
+    # Enough work for every thread, so that kernels have no reason to split a sequence.
+    Case("many", (*_MIXED, *range(5, 95, 5)), heads=3, num_targets=(2, 0, 1) * 8),
+    Case("many-position-time", (*_MIXED, *range(5, 95, 5)), heads=3, bias="position/head+time", alpha=0.3),
     Case(
         "everything",
         _MIXED,
