@@ -5,6 +5,13 @@
 
 namespace hstu_ops::ptx {
 
+// threadIdx.x, read again each time: what a rarely used path derives from it is not kept in registers.
+__device__ __forceinline__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 __device__ __forceinline__ void st_shared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
@@ -20,12 +27,6 @@ __device__ __forceinline__ void st_shared(uint32_t address, uint4 x) {
 __device__ __forceinline__ float ld_shared(uint32_t address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ uint16_t ld_shared_u16(uint32_t address) {
-  uint16_t x;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
   return x;
 }
 
@@ -45,6 +46,16 @@ __device__ __forceinline__ uint4 ld_shared_u4(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
   return x;
+}
+
+__device__ __forceinline__ int ld_shared_int(uint32_t address) {
+  int x;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void red_shared_add(uint32_t address, int x) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 // p[0] += x, p[1] += y; p is 8-byte aligned. One instruction where the hardware has it.

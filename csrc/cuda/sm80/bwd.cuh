@@ -8,6 +8,10 @@
 //   global memory (fp32)
 //
 // One barrier a tile: behind it dS' is complete, the next tile has arrived, and this tile's buffers are free.
+//
+// Where a warp cannot hold its share of dK and dV (kExchange), warps share keys and P' goes through shared memory as well:
+//
+//   S', dP', P', dS' to buffers | barrier | request tile i + 1 | dV += P' dO | dK += dS' Q | dQ = dS K | wait, barrier
 #pragma once
 
 #include "core/launch.h"
@@ -30,6 +34,7 @@ struct BwdArguments {
   AttentionBwdParams params;
   Schedule schedule;
   BwdWorkspace workspace;
+  float alpha, scale;
 };
 
 template <class C>
@@ -37,7 +42,7 @@ struct BwdStorage {
   using T = typename C::T;
   SmemTile<T, C::kDim> k, v;
   SmemTile<T, C::kDim> q, g;     // kStages tiles each; g: gradient of the output
-  SmemTile<T, C::kQueries> ds;   // kStages tiles [key][query]
+  SmemTile<T, C::kQueries> ds;   // two tiles [key][query]; with kExchange the second is P'
   void* bias;
 
   __device__ explicit BwdStorage(unsigned char* shared) {
@@ -71,8 +76,12 @@ struct BwdTile {
   __device__ RowScale scale() const { return RowScale(problem().scale, job.item.sequence, job.sequence.begin_q); }
   // Of all scaled gradients; a scale of each row is in dS and P already.
   __device__ float factor() const {
-    const RowScale s = scale();
-    return s.values ? 1.f : s.value;
+    const ScaleParams& s = problem().scale;
+    if (!s.values) return arguments.scale;
+    return s.per_row ? 1.f : static_cast<const float*>(s.values)[job.item.sequence];
+  }
+  __device__ BiasGradients tables() const {
+    return {arguments.workspace.position, arguments.workspace.time, job.item.head, Score<T>::kSlope * factor()};
   }
 
   __device__ __forceinline__ void load_keys() const {
@@ -100,31 +109,51 @@ struct BwdTile {
     return {mask.touches(m0, m1, n0, n1), mask.touches(m0, m1, w0, min_int(w1, mask.len)), mask.covers(m0, m1, w0, w1)};
   }
 
-  // Queries [step, step + kStep) of a tile: dV, dK, and dS' into shared memory.
-  __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage, int step) {
-    const auto q = shared.q.stage(stage, C::kQueries), g = shared.g.stage(stage, C::kQueries);
-    const auto ds = shared.ds.stage(stage, C::kKeys);
+  __device__ TileOrigin origin(int tile) const { return {job.sequence.first_row + tile * C::kQueries, first()}; }
+
+  // Words of a warp's own part of dS' before it is written: scratch for sums.
+  struct ScoreSlots {
+    SmemTile<T, C::kQueries> ds;
+    int row, chunk;
+
+    __device__ uint32_t at(int i) const {
+      return ds.at(row + i % C::kWarpKeys, chunk + i / C::kWarpKeys / 4) + i / C::kWarpKeys % 4 * 4;
+    }
+    static_assert(C::kWarpKeys * C::kStep * static_cast<int>(sizeof(T)) / 4 >= 64 * static_cast<int>(sizeof(T)) / 2, "64 buckets");
+  };
+
+  // P' and dS' of queries [step, step + kStep) of a tile and this warp's keys; bias gradients.
+  __device__ __forceinline__ void score(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage, int step,
+                                        Scores& p, Scores& ds) const {
     const int row = job.sequence.first_row + at.tile() * C::kQueries + step, col = first() + warp_key();
-    Scores s, d;
-    s.clear();
-    multiply_rows<T, C::kDim>(s, shared.k, warp_key(), q, step);
     const typename Bias::template Tile<true, C::kM, C::kStep / 8> offsets(bias, {row, col});
-    offsets.add(s, static_cast<float>(problem().alpha) * Score<T>::kArgument, Score<T>::kArgument);
-    d.clear();
-    multiply_rows<T, C::kDim>(d, shared.v, warp_key(), g, step);
-    Score<T>::differentiate(s, d);
-    if (!at.covered()) mask_columns(job.sequence.mask, row, job.sequence.mask.len, col, s, d);
-    if (problem().scale.per_row) apply_row_scale(at.tile() * C::kQueries + step, s, d);
-    {
-      const Fragment<T, C::kM, C::kStep / 8> p(s);
-      multiply_fragment<T>(dv, p, g, step, own_col());
-    }
+    multiply_rows<T, C::kDim>(p, shared.k, warp_key(), shared.q.stage(stage, C::kQueries), step);
+    offsets.add(p, arguments.alpha * Score<T>::kArgument, Score<T>::kArgument);
+    multiply_rows<T, C::kDim>(ds, shared.v, warp_key(), shared.g.stage(stage, C::kQueries), step);
+    Score<T>::differentiate(p, ds);
+    if (!at.covered()) mask_columns(job.sequence.mask, row, job.sequence.mask.len, col, p, ds);
+    if (problem().scale.per_row) apply_row_scale(at.tile() * C::kQueries + step, p, ds);
+    const ScoreSlots slots{shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(), step * static_cast<int>(sizeof(T)) / 16};
+    offsets.template add_grad<T>(ds, tables(), state, slots, bias.template finishes<T, C::kKeys, C::kQueries>(origin(at.tile())));
+  }
+
+  // One step of a tile out of registers: dV, dK, and dS' into shared memory.
+  __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage, int step) {
+    Scores s, d;
+    score(bias, state, at, stage, step, s, d);
+    multiply_fragment<T>(dv, Fragment<T, C::kM, C::kStep / 8>(s), shared.g.stage(stage, C::kQueries), step, 0);
     const Fragment<T, C::kM, C::kStep / 8> f(d);
-    if (own_col() == 0) {
-      offsets.add_grad(d, BiasGradients{arguments.workspace.position, arguments.workspace.time}, state);
-      put_accumulator<T>(ds, warp_key(), step, d, [](int) { return 1.f; });
-    }
-    multiply_fragment<T>(dk, f, q, step, own_col());
+    put_accumulator<T>(shared.ds.stage(stage, C::kKeys), warp_key(), step, d, [](int) { return 1.f; });
+    multiply_fragment<T>(dk, f, shared.q.stage(stage, C::kQueries), step, 0);
+  }
+
+  // This warp's step of P' and dS' into shared memory.
+  __device__ __forceinline__ void exchange(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage) const {
+    const int step = warp() / C::kKeyWarps * C::kStep;
+    Scores s, d;
+    score(bias, state, at, stage, step, s, d);
+    put_accumulator<T>(shared.ds.stage(1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
+    put_accumulator<T>(shared.ds, warp_key(), step, d, [](int) { return 1.f; });
   }
 
   __device__ __forceinline__ void apply_row_scale(int query, Scores& s, Scores& d) const {
@@ -153,40 +182,42 @@ struct BwdTile {
     put_accumulator<T>(shared.ds.stage(stage, C::kKeys), warp_key(), 0, zero, [](int) { return 0.f; });
   }
 
+  // In parts of up to 32 sums a lane: dK and dV take most of the registers.
   __device__ __forceinline__ void add_dq(int tile, int stage) const {
-    Accumulator<C::kQueryM, C::kQueryDim / 8> dq;
-    dq.clear();
-    const int row = warp() / C::kQueryCols * 16 * C::kQueryM, col = warp() % C::kQueryCols * C::kQueryDim;
-    multiply_columns<T, C::kKeys>(dq, shared.ds.stage(stage, C::kKeys), row, shared.k, col);
-    const float f = static_cast<float>(problem().alpha) * Score<T>::kSlope * factor();
+    constexpr int kN = C::kQueryM * C::kQueryDim / 8 * 4 > 32 ? 32 / (C::kQueryM * 4) : C::kQueryDim / 8;
+    const int row = warp() / C::kQueryCols * 16 * C::kQueryM;
+    const float f = arguments.alpha * Score<T>::kSlope * factor();
     const int heads = problem().heads;
+#pragma unroll 1
+    for (int part = 0; part < C::kQueryDim; part += kN * 8) {
+      const int col = warp() % C::kQueryCols * C::kQueryDim + part;
+      Accumulator<C::kQueryM, kN> dq;
+      multiply_columns<T, C::kKeys>(dq, shared.ds.stage(stage, C::kKeys), row, shared.k, col);
 #pragma unroll
-    for (int m = 0; m < C::kQueryM; ++m)
+      for (int m = 0; m < C::kQueryM; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int query = tile * C::kQueries + row + m * 16 + h * 8 + lane_row();
-        if (query >= job.sequence.num_q) continue;
-        float* to = arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col + lane_col();
+        for (int h = 0; h < 2; ++h) {
+          const int query = tile * C::kQueries + row + m * 16 + h * 8 + lane_row();
+          if (query >= job.sequence.num_q) continue;
+          float* to = arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col + lane_col();
 #pragma unroll
-        for (int n = 0; n < C::kQueryDim / 8; ++n) ptx::red_add_v2(to + n * 8, dq.x[m][n][2 * h] * f, dq.x[m][n][2 * h + 1] * f);
-      }
+          for (int n = 0; n < kN; ++n) ptx::red_add_v2(to + n * 8, dq.x[m][n][2 * h] * f, dq.x[m][n][2 * h + 1] * f);
+        }
+    }
   }
 
-  __device__ __forceinline__ void run(const Bias& bias) {
-    const auto classes = [&](int tile) { return classify(tile); };
-    TileWalk<decltype(classes)> walk(ceil_div(job.sequence.num_q, C::kQueries), classes);
-    load_keys();
-    TileState current = walk.next(), next = current;
-    if (current.exists()) {
-      load_queries(current.tile(), 0);
-      next = walk.next();
-    }
-    ptx::cp_async_commit();
-    dk.clear();
-    dv.clear();
-    typename Bias::GradState state(job.item.head, Score<T>::kSlope * factor());
-    ptx::cp_async_wait<0>();
-    __syncthreads();
+  // What a complete tile of dS' is for.
+  __device__ __forceinline__ void finish_tile(const Bias& bias, int tile, int stage) const {
+    bias.template finish_tile<T, C::kKeys, C::kQueries, C::kWarps>(shared.ds.stage(stage, C::kKeys), origin(tile), tables());
+    const Turn turn(arguments.workspace.turns, job, tile, C::kQueries, C::kKeys, problem());
+    turn.wait();
+    add_dq(tile, stage);
+    turn.pass();
+  }
+
+  template <class Walk>
+  __device__ __forceinline__ void run_registers(const Bias& bias, typename Bias::GradState& state, Walk& walk, TileState current) {
+    TileState next = current.exists() ? walk.next() : current;
     if (next.exists()) load_queries(next.tile(), 1);
     ptx::cp_async_commit();
 #pragma unroll 1
@@ -194,7 +225,7 @@ struct BwdTile {
       if (current.mine()) {
 #pragma unroll 1
         for (int step = 0; step < C::kQueries; step += C::kStep) compute(bias, state, current, stage, step);
-      } else if (own_col() == 0) {
+      } else {
         clear_ds(stage);
       }
       ptx::cp_async_wait<0>();
@@ -202,30 +233,76 @@ struct BwdTile {
       const TileState after = next.exists() ? walk.next() : next;
       if (after.exists()) load_queries(after.tile(), stage);
       ptx::cp_async_commit();
-      const Turn turn(arguments.workspace.turns, job, current.tile(), C::kQueries, C::kKeys, problem());
-      turn.wait();
-      add_dq(current.tile(), stage);
-      turn.pass();
+      finish_tile(bias, current.tile(), stage);
       current = next;
       next = after;
     }
-    state.finish(BiasGradients{arguments.workspace.position, arguments.workspace.time});
+  }
+
+  template <class Walk>
+  __device__ __forceinline__ void run_exchange(const Bias& bias, typename Bias::GradState& state, Walk& walk, TileState current) {
+    constexpr int kOther = C::kStages - 1;
+#pragma unroll 1
+    for (int stage = 0; current.exists(); stage ^= kOther) {
+      if (current.mine()) {
+        exchange(bias, state, current, stage);
+      } else if (own_col() == 0) {
+        clear_ds(0);
+      }
+      __syncthreads();  // P' and dS' are complete; the other stage is free
+      const TileState next = walk.next();
+      if (C::kStages == 2 && next.exists()) load_queries(next.tile(), stage ^ kOther);
+      ptx::cp_async_commit();
+      if (current.mine()) {
+        multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries), own_col());
+        multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col());
+      }
+      finish_tile(bias, current.tile(), 0);
+      if (C::kStages == 1 && next.exists()) {
+        __syncthreads();  // this tile's Q and dO are free
+        load_queries(next.tile(), 0);
+        ptx::cp_async_commit();
+      }
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // the next tile has arrived; P' and dS' are free
+      current = next;
+    }
+  }
+
+  __device__ __forceinline__ void run(const Bias& bias) {
+    const auto classes = [&](int tile) { return classify(tile); };
+    TileWalk<decltype(classes)> walk(ceil_div(job.sequence.num_q, C::kQueries), classes);
+    load_keys();
+    const TileState current = walk.next();
+    if (current.exists()) load_queries(current.tile(), 0);
+    ptx::cp_async_commit();
+    dk.clear();
+    dv.clear();
+    typename Bias::GradState state;
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if constexpr (C::kExchange) {
+      run_exchange(bias, state, walk, current);
+    } else {
+      run_registers(bias, state, walk, current);
+    }
+    state.finish(tables());
   }
 
   __device__ __forceinline__ void store() const {
     const AttentionProblem& a = problem();
     ptx::cp_async_wait<0>();
     __syncthreads();  // nobody reads K and V any more
-    const float fv = factor(), fk = fv * static_cast<float>(a.alpha) * Score<T>::kSlope;
+    const float fv = factor(), fk = fv * arguments.alpha * Score<T>::kSlope;
     put_accumulator<T>(shared.k, warp_key(), own_col(), dk, [=](int) { return fk; });
     put_accumulator<T>(shared.v, warp_key(), own_col(), dv, [=](int) { return fv; });
     __syncthreads();
     const AttentionBwdParams& p = arguments.params;
     const int len = job.sequence.mask.len;
     store_tile<C::kKeys, C::kThreads>(shared.k, 0, GlobalRows<T>(p.grad_k, job.sequence.begin_kv, job.item.head, a.dim_qk), first(), len,
-                                      threadIdx.x);
+                                      ptx::thread_index());
     store_tile<C::kKeys, C::kThreads>(shared.v, 0, GlobalRows<T>(p.grad_v, job.sequence.begin_kv, job.item.head, a.dim_v), first(), len,
-                                      threadIdx.x);
+                                      ptx::thread_index());
   }
 };
 
@@ -251,7 +328,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_bwd_kernel(
 template <class C, class Bias>
 Status launch_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
-  const BwdArguments arguments{params, key_schedule(a), BwdWorkspace::plan(params, C::kDim, C::kQueries, memory)};
+  const BwdArguments arguments{params, key_schedule(a), BwdWorkspace::plan(params, C::kDim, C::kQueries, memory),
+                               static_cast<float>(a.alpha), static_cast<float>(a.scale.value)};
   const auto kernel = attention_bwd_kernel<C, Bias>;
   const int bytes = C::kSharedBytes + Bias::kSharedBytes;
   HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -270,17 +348,15 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_
   const AttentionProblem& a = params.problem;
   if (a.dense.data) {
     const Status status = params.grad_bias ? dense_bias_grad<T, kDim>(params, stream) : Status{};
-    return status.ok() ? launch_bwd<C, DenseBias>(params, memory, stream) : status;
+    return status.ok() ? launch_bwd<typename C::Dense, DenseBias>(params, memory, stream) : status;
   }
-  if (a.relative.position_weight || a.relative.time_weight) return launch_bwd<C, RelativeBias>(params, memory, stream);
-  return launch_bwd<C, NoBias>(params, memory, stream);
+  if (a.relative.position_weight || a.relative.time_weight) return launch_bwd<typename C::Relative, RelativeBias>(params, memory, stream);
+  return launch_bwd<typename C::None, NoBias>(params, memory, stream);
 }
 
 template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t stream) {
-  using Small = BwdConfigOf<T, kDim, false>;
-  using Large = BwdConfigOf<T, kDim, true>;
-  if constexpr (Small::kSharedBytes != Large::kSharedBytes) {
+  if constexpr (BwdConfigOf<T, kDim, true>::None::kSharedBytes != BwdConfigOf<T, kDim, false>::None::kSharedBytes) {
     int device = 0, limit = 0;
     HSTU_TRY(cudaGetDevice(&device));
     HSTU_TRY(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));

@@ -66,8 +66,6 @@ struct DenseGradTile {
     __syncthreads();
     const int warp_row = threadIdx.x / 32 * 16;
     Scores s, d;
-    s.clear();
-    d.clear();
     multiply_rows<T, C::kDim>(s, q, warp_row, k, 0);
     multiply_rows<T, C::kDim>(d, g, warp_row, v, 0);
     const DenseBias bias(a.dense, index, head);
@@ -97,7 +95,7 @@ struct DenseGradTile {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads) dense_bias_grad_kernel(const __grid_constant__ DenseGradArguments arguments) {
+__global__ void __launch_bounds__(C::kThreads, 1) dense_bias_grad_kernel(const __grid_constant__ DenseGradArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   const AttentionBwdParams& params = arguments.params;
   const AttentionProblem& a = params.problem;

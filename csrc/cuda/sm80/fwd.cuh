@@ -23,6 +23,7 @@ namespace hstu_ops::cuda::sm80 {
 struct FwdArguments {
   AttentionFwdParams params;
   Schedule schedule;
+  float alpha;
 };
 
 template <class C>
@@ -47,10 +48,11 @@ struct FwdTile {
   const AttentionFwdParams& params;
   const Job& job;  // in shared memory: kept in registers it would cost as much as half an accumulator
   const FwdStorage<C>& shared;
+  const float alpha;  // as add() of a bias wants it
   Accumulator<C::kM, C::kDim / 8> out;
 
-  __device__ FwdTile(const AttentionFwdParams& params, const Job& job, const FwdStorage<C>& shared)
-      : params(params), job(job), shared(shared) {}
+  __device__ FwdTile(const FwdArguments& arguments, const Job& job, const FwdStorage<C>& shared)
+      : params(arguments.params), job(job), shared(shared), alpha(arguments.alpha) {}
 
   __device__ int first() const { return job.item.block * C::kRows; }
   __device__ int warp_row() const { return static_cast<int>(threadIdx.x / 32) * C::kWarpRows; }
@@ -78,22 +80,27 @@ struct FwdTile {
             mask.covers(m0, m1, n0, n1)};
   }
 
+  using Scores = Accumulator<C::kM, C::kStep / 8>;
+
+  // With kAhead, step i + 1 of Q K' stands before step i of SiLU, so that tensor cores have work during the latter.
   __device__ __forceinline__ void compute(const Bias& bias, const TileState& state, int stage) {
     const auto k = shared.k.stage(stage, C::kCols), v = shared.v.stage(stage, C::kCols);
-    const float alpha = static_cast<float>(params.problem.alpha) * Score<T>::kArgument;
     const int row = mask_row(first() + warp_row());
-#pragma unroll 1
-    for (int step = 0; step < C::kCols; step += C::kStep) {
-      Accumulator<C::kM, C::kStep / 8> s;
-      s.clear();
-      multiply_rows<T, C::kDim>(s, shared.q, warp_row(), k, step);
-      const int col = state.tile() * C::kCols + step;
+    constexpr int kSteps = C::kCols / C::kStep;
+    Scores s[C::kAhead ? 2 : 1];
+    if (C::kAhead) multiply_rows<T, C::kDim>(s[0], shared.q, warp_row(), k, 0);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int coming = C::kAhead ? i + 1 : i;
+      if (coming < kSteps) multiply_rows<T, C::kDim>(s[C::kAhead ? coming % 2 : 0], shared.q, warp_row(), k, coming * C::kStep);
+      Scores& now = s[C::kAhead ? i % 2 : 0];
+      const int col = state.tile() * C::kCols + i * C::kStep;
       const typename Bias::template Tile<false, C::kM, C::kStep / 8> offsets(bias, {row, col});
-      offsets.add(s, alpha, Score<T>::kArgument);
-      Score<T>::activate(s);
-      if (!state.covered()) mask_rows(job.sequence.mask, row, col, s);
-      const Fragment<T, C::kM, C::kStep / 8> p(s);
-      multiply_fragment<T>(out, p, v, step, 0);
+      offsets.add(now, alpha, Score<T>::kArgument);
+      Score<T>::activate(now);
+      if (!state.covered()) mask_rows(job.sequence.mask, row, col, now);
+      const Fragment<T, C::kM, C::kStep / 8> p(now);
+      multiply_fragment<T>(out, p, v, i * C::kStep, 0);
     }
   }
 
@@ -135,7 +142,7 @@ struct FwdTile {
 };
 
 template <class C, class Bias>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
+__global__ void __launch_bounds__(C::kThreads, Bias::kSharedBytes == 0 ? C::kBlocks : C::kBiasBlocks) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Job job;
   const FwdStorage<C> shared(memory);
@@ -145,7 +152,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_fwd_kernel(
     if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence)};
     __syncthreads();
     const Bias& bias = make_bias<Bias>(problem, job, shared.bias);
-    FwdTile<C, Bias> tile(arguments.params, job, shared);
+    FwdTile<C, Bias> tile(arguments, job, shared);
     tile.run(bias);
     tile.store();
     __syncthreads();  // the next item reuses shared memory
@@ -155,7 +162,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_fwd_kernel(
 template <class C, class Bias>
 Status launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
-  FwdArguments arguments{params, query_schedule(a)};
+  FwdArguments arguments{params, query_schedule(a), static_cast<float>(a.alpha) * Score<typename C::T>::kArgument};
   const auto kernel = attention_fwd_kernel<C, Bias>;
   const int bytes = C::kSharedBytes + Bias::kSharedBytes;
   HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -167,11 +174,11 @@ Status launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
 
 template <class T, int kDim>
 Status attention_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
-  using C = FwdConfig<T, kDim>;
+  using C = FwdBiasConfig<T, kDim>;
   const AttentionProblem& a = params.problem;
   if (a.dense.data) return launch_fwd<C, DenseBias>(params, stream);
   if (a.relative.position_weight || a.relative.time_weight) return launch_fwd<C, RelativeBias>(params, stream);
-  return launch_fwd<C, NoBias>(params, stream);
+  return launch_fwd<FwdConfig<T, kDim>, NoBias>(params, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm80

@@ -1,6 +1,6 @@
 // The bias as a template axis. A bias is made per work item, its Tile per tile of one warp:
 //   add        turns products s into u = argument * (alpha s + bias)
-//   add_grad   sums gradients ds of the bias into its tables
+//   add_grad   sums gradients ds of the bias into its tables, except what finish_tile leaves for later
 // A tile has queries as rows, or as columns if kTransposed; queries and keys are rows and columns of the mask.
 #pragma once
 
@@ -9,21 +9,16 @@
 #include "core/bias.h"
 #include "core/params.h"
 #include "cuda/tile/layout.h"
+#include "cuda/tile/position_bias.h"
 #include "cuda/tile/schedule.h"
-#include "cuda/tile/time_buckets.h"
+#include "cuda/tile/time_bias.h"
 
 namespace hstu_ops::cuda {
-
-// The tile's first query and key; queries run along the rows unless kTransposed.
-struct TileOrigin {
-  int query, key;
-};
 
 // Room in shared memory for the bias itself, in front of its tables.
 constexpr int kBiasBytes = 128;
 
 struct NoGradState {
-  __device__ NoGradState(int, float) {}
   __device__ void finish(const BiasGradients&) {}
 };
 
@@ -33,13 +28,21 @@ struct NoBias {
 
   __device__ NoBias(const AttentionProblem&, const Job&, void*) {}
 
+  template <class T, int kKeys, int kQueries>
+  __device__ bool finishes(TileOrigin) const {
+    return false;
+  }
+  template <class T, int kKeys, int kQueries, int kWarps, class Shared>
+  __device__ void finish_tile(const Shared&, TileOrigin, const BiasGradients&) const {}
+
   template <bool kTransposed, int kM, int kN>
   struct Tile {
     __device__ Tile(const NoBias&, TileOrigin) {}
     __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float) const {
       s.each([=](float& x, int, int) { x *= alpha; });
     }
-    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&) const {}
+    template <class T, class Slots>
+    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&, const Slots&, bool) const {}
   };
 };
 
@@ -59,6 +62,13 @@ struct DenseBias {
         row_stride(p.row_stride),
         size(p.size) {}
 
+  template <class T, int kKeys, int kQueries>
+  __device__ bool finishes(TileOrigin) const {
+    return false;
+  }
+  template <class T, int kKeys, int kQueries, int kWarps, class Shared>
+  __device__ void finish_tile(const Shared&, TileOrigin, const BiasGradients&) const {}
+
   template <bool kTransposed, int kM, int kN>
   struct Tile {
     const DenseBias& bias;
@@ -75,99 +85,20 @@ struct DenseBias {
         x = fmaf(x, alpha, inside ? argument * __ldg(corner + i * bias.row_stride + j) : 0.f);
       });
     }
-    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&) const {}
+    template <class T, class Slots>
+    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&, const Slots&, bool) const {}
   };
-};
-
-// Table of 2 * positions - 1 weights by the distance of logical positions.
-struct PositionTerm {
-  const float* weight;  // null: absent
-  int positions;
-
-  __device__ PositionTerm(const RelativeBiasParams& p, int head)
-      : weight(p.position_weight ? static_cast<const float*>(p.position_weight) + head * p.position_head_stride : nullptr),
-        positions(p.positions) {}
-
-  // Do all elements of the tile read entries that run along its diagonals, with nothing to clamp?
-  __device__ __forceinline__ bool diagonal(const Mask& mask, TileOrigin o, int queries, int keys) const {
-    const int lowest = o.key - (o.query + queries - 1) + positions - 1, highest = o.key + keys - 1 - o.query + positions - 1;
-    return min_int(o.query, o.key) >= mask.shift() && max_int(o.query + queries, o.key + keys) <= mask.history + 1 &&
-           lowest >= 0 && highest <= 2 * positions - 2;
-  }
-
-  // s = alpha s + argument (weight + constant)
-  template <bool kTransposed, int kM, int kN>
-  __device__ __forceinline__ void add(Accumulator<kM, kN>& s, const Mask& mask, TileOrigin o, float alpha, float argument,
-                                      float constant) const {
-    constexpr int kRows = kM * 16, kCols = kN * 8;
-    if (!weight) {
-      const float b = argument * constant;
-      s.each([=](float& x, int, int) { x = fmaf(x, alpha, b); });
-    } else if (diagonal(mask, o, kTransposed ? kCols : kRows, kTransposed ? kRows : kCols)) {
-      const int step = lane_col() - lane_row();
-      const float* from = weight + (o.key - o.query + positions - 1 + (kTransposed ? -step : step));
-      // One load serves all elements of a diagonal: those with the same 8 (n - 2 m - h) + c.
-#pragma unroll
-      for (int d = 1 - 2 * kM; d < kN; ++d)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int offset = 8 * d + c;
-          const float b = argument * (__ldg(from + (kTransposed ? -offset : offset)) + constant);
-#pragma unroll
-          for (int r = 0; r < 2 * kM; ++r)
-            if (d + r >= 0 && d + r < kN) {
-              float& x = s.x[r / 2][d + r][r % 2 * 2 + c];
-              x = fmaf(x, alpha, b);
-            }
-        }
-    } else {
-      s.each([&](float& x, int row, int col) {
-        const int i = row + lane_row(), j = col + lane_col();
-        const int at = position_index(mask.position(o.query + (kTransposed ? j : i)), mask.position(o.key + (kTransposed ? i : j)), positions);
-        x = fmaf(x, alpha, argument * (__ldg(weight + at) + constant));
-      });
-    }
-  }
-
-  template <bool kTransposed, int kM, int kN>
-  __device__ __forceinline__ void add_grad(const Accumulator<kM, kN>& ds, const Mask& mask, TileOrigin o, const TableSums& sums,
-                                           int head, float factor) const {
-    constexpr int kRows = kM * 16, kCols = kN * 8;
-    if (diagonal(mask, o, kTransposed ? kCols : kRows, kTransposed ? kRows : kCols)) {
-      const int step = lane_col() - lane_row();
-      const int from = o.key - o.query + positions - 1 + (kTransposed ? -step : step);
-#pragma unroll
-      for (int d = 1 - 2 * kM; d < kN; ++d)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int offset = 8 * d + c;
-          float sum = 0.f;
-#pragma unroll
-          for (int r = 0; r < 2 * kM; ++r)
-            if (d + r >= 0 && d + r < kN) sum += ds.x[r / 2][d + r][r % 2 * 2 + c];
-          sums.add(head, from + (kTransposed ? -offset : offset), sum * factor);
-        }
-    } else {
-#pragma unroll 1
-      for (int at = 0; at < kM * kN * 4; ++at) {
-        const int i = element_row<kN>(at), j = element_col<kN>(at);
-        const int query = mask.position(o.query + (kTransposed ? j : i)), key = mask.position(o.key + (kTransposed ? i : j));
-        sums.add(head, position_index(query, key, positions), ds.pick(at) * factor);
-      }
-    }
-  }
 };
 
 struct RelativeBias {
   static constexpr int kSharedBytes = kBiasBytes + TimeTerm::kSharedBytes;
 
-  // One lane's part of the gradients; factor turns what add_grad is given into ds.
+  // One lane's part of the gradients.
   struct GradState {
     TimeRun run;
 
-    __device__ GradState(int head, float factor) : run{head, 0, factor, 0.f} {}
     __device__ void finish(const BiasGradients& to) {
-      if (to.time.sums) run.finish(to.time);
+      if (to.time.sums) run.finish({to.time, to.head, to.factor});
     }
   };
 
@@ -197,13 +128,30 @@ struct RelativeBias {
       bias.position.template add<kTransposed>(s, bias.mask, origin, alpha, argument, weight);
       if (!constant) times.add(bias.time, s, argument);
     }
-    __device__ __forceinline__ void add_grad(const Accumulator<kM, kN>& ds, const BiasGradients& to, GradState& state) const {
-      if (to.position.sums)
-        bias.position.template add_grad<kTransposed>(ds, bias.mask, origin, to.position, state.run.head, state.run.factor);
+    // slots: scratch of this warp in shared memory; diagonal: finish_tile sums the position term.
+    template <class T, class Slots>
+    __device__ __forceinline__ void add_grad(const Accumulator<kM, kN>& ds, const BiasGradients& to, GradState& state, const Slots& slots,
+                                             bool diagonal) const {
+      if (to.position.sums && !diagonal)
+        bias.position.template add_grad<kTransposed>(ds, bias.mask, origin, TableTarget{to.position, to.head, to.factor});
       // Working the times out again takes less than holding them over two products.
-      if (to.time.sums) Times(bias.time, origin.query, origin.key).add_grad(bias.time, ds, to.time, state.run);
+      if (to.time.sums) Times(bias.time, origin.query, origin.key).template add_grad<T>(
+            bias.time, ds, TableTarget{to.time, to.head, to.factor}, state.run, slots);
     }
   };
+
+  // Whether finish_tile takes the position term of a tile of a block of threads.
+  template <class T, int kKeys, int kQueries>
+  __device__ __forceinline__ bool finishes(TileOrigin o) const {
+    return kIs16Bit<T> && position.weight && position.diagonal(mask, o, kQueries, kKeys);
+  }
+  // Once dS' of a whole tile is in shared memory.
+  template <class T, int kKeys, int kQueries, int kWarps, class Shared>
+  __device__ __forceinline__ void finish_tile(const Shared& ds, TileOrigin o, const BiasGradients& to) const {
+    if constexpr (kIs16Bit<T>)
+      if (to.position.sums && finishes<T, kKeys, kQueries>(o))
+        position.template add_tile_grad<T, kKeys, kQueries, kWarps>(ds, o, {to.position, to.head, to.factor});
+  }
 };
 
 // Makes the bias of a work item in shared memory, where it costs no registers; all threads wait before using it.

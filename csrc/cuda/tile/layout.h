@@ -41,13 +41,13 @@ struct SmemTile {
 // compile-time steps: rows in eights, chunks in multiples of kSpan. A step costs at most one XOR.
 template <class Tile>
 struct Cursor {
-  uint32_t row_base, twisted;
+  uint32_t start;
 
-  __device__ Cursor(const Tile& tile, int row, int chunk)
-      : row_base(tile.base + row * Tile::kPitch), twisted((chunk ^ Tile::twist(row)) << 4) {}
-  __device__ uint32_t at(int rows, int chunks) const {
+  __device__ Cursor(const Tile& tile, int row, int chunk) : start(tile.at(row, chunk)) {}
+  // The swizzled bits of an address are those of the chunk alone, so the XOR applies to the address itself.
+  __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
     constexpr int kLow = Tile::kSwizzled;
-    return row_base + (twisted ^ ((chunks & kLow) << 4)) + ((chunks & ~kLow) << 4) + rows * Tile::kPitch;
+    return (start ^ ((chunks & kLow) << 4)) + ((chunks & ~kLow) << 4) + rows * Tile::kPitch;
   }
 };
 

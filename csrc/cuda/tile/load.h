@@ -47,10 +47,23 @@ template <int kRows, int kThreads, class T, class Tile>
 __device__ __forceinline__ void load_tile(const Tile& tile, const GlobalRows<T>& from, int first, int rows) {
   constexpr int kTotal = kRows * Tile::kChunks;
   constexpr int kPer = Tile::kPerChunk;
-  if (from.aligned) {
+  if (from.aligned && first >= 0 && first + kRows <= rows && from.dim == Tile::kCols && kTotal % kThreads == 0) {
+    constexpr int kStep = kThreads / Tile::kChunks;  // rows
+    const int row = threadIdx.x / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
+    const T* source = from.data + (first + row) * from.row_stride + chunk * kPer;
+    const int64_t step = kStep * from.row_stride;
 #pragma unroll
+    for (int i = 0; i < kTotal / kThreads; ++i) {
+      ptx::cp_async_16(tile.at(row + i * kStep, chunk), source, 16);
+      source += step;
+    }
+    return;
+  }
+  const int thread = ptx::thread_index();
+  if (from.aligned) {
+#pragma unroll 1
     for (int i = 0; i < (kTotal + kThreads - 1) / kThreads; ++i) {
-      const int at = i * kThreads + threadIdx.x;
+      const int at = i * kThreads + thread;
       if (kTotal % kThreads != 0 && at >= kTotal) break;
       const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
       const bool there = exists(first + row, rows) && chunk * kPer < from.dim;
@@ -61,7 +74,7 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const GlobalRows<T>&
     return;
   }
 #pragma unroll 1
-  for (int at = threadIdx.x; at < kTotal; at += kThreads) {
+  for (int at = thread; at < kTotal; at += kThreads) {
     const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
     const bool there = exists(first + row, rows);
     ptx::st_shared(tile.at(row, chunk), gather_chunk(from.data + (there ? (first + row) * from.row_stride + chunk * kPer : 0),

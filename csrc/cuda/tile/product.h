@@ -38,9 +38,19 @@ struct Fragment<float, kM, kN> {
   }
 };
 
-// ---- 16-bit ----
+// One step of 16 along K with the right operand's 16 columns in fb.
+template <class T, bool kFirst, int kM, int kN>
+__device__ __forceinline__ void mma_step(Accumulator<kM, kN>& acc, int m, int n, const uint32_t (&fa)[4], const uint32_t (&fb)[4]) {
+  if constexpr (kFirst) {
+    ptx::mma_m16n8k16_first(acc.x[m][n], fa, fb[0], fb[1], T{});
+    ptx::mma_m16n8k16_first(acc.x[m][n + 1], fa, fb[2], fb[3], T{});
+  } else {
+    ptx::mma_m16n8k16(acc.x[m][n], fa, fb[0], fb[1], T{});
+    ptx::mma_m16n8k16(acc.x[m][n + 1], fa, fb[2], fb[3], T{});
+  }
+}
 
-// Rows of both operands run along K: acc[i][j] += sum_k a[row_a + i][k] b[row_b + j][k].
+// Rows of both operands run along K: acc[i][j] = sum_k a[row_a + i][k] b[row_b + j][k].
 template <class T, int kK, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b, int row_b) {
   if constexpr (kIs16Bit<T>) {
@@ -58,37 +68,78 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
         ptx::ldmatrix_x4(fb, cb.at(n * 8, k * 2));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          ptx::mma_m16n8k16(acc.x[m][n], fa[m], fb[0], fb[1], T{});
-          ptx::mma_m16n8k16(acc.x[m][n + 1], fa[m], fb[2], fb[3], T{});
+          if (k == 0) {
+            mma_step<T, true>(acc, m, n, fa[m], fb);
+          } else {
+            mma_step<T, false>(acc, m, n, fa[m], fb);
+          }
         }
       }
     }
   } else {
+    // Sums of 8 are added up, which keeps the rounding error of a long sum that of a short one.
     const int ra = row_a + lane_row(), rb = row_b + lane_col();
+    acc.clear();
 #pragma unroll 1
-    for (int k = 0; k < kK / 4; ++k) {
-      float4 fa[kM][2];
+    for (int k = 0; k < kK / 4; k += 2) {
+      float4 fa[kM][2][2];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) fa[m][h] = ptx::ld_shared_v4(a.at(ra + m * 16 + h * 8, k));
+        for (int i = 0; i < 4; ++i) fa[m][i / 2][i % 2] = ptx::ld_shared_v4(a.at(ra + m * 16 + i / 2 * 8, k + i % 2));
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float4 fb = ptx::ld_shared_v4(b.at(rb + n * 8 + c, k));
+          float4 fb[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) fb[i] = ptx::ld_shared_v4(b.at(rb + n * 8 + c, k + i));
 #pragma unroll
           for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              float& x = acc.x[m][n][2 * h + c];
-              x = fmaf(fa[m][h].x, fb.x, x);
-              x = fmaf(fa[m][h].y, fb.y, x);
-              x = fmaf(fa[m][h].z, fb.z, x);
-              x = fmaf(fa[m][h].w, fb.w, x);
+              float x = 0.f;
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                x = fmaf(fa[m][h][i].x, fb[i].x, x);
+                x = fmaf(fa[m][h][i].y, fb[i].y, x);
+                x = fmaf(fa[m][h][i].z, fb[i].z, x);
+                x = fmaf(fa[m][h][i].w, fb[i].w, x);
+              }
+              acc.x[m][n][2 * h + c] += x;
             }
         }
     }
+  }
+}
+
+// Eight steps of K for fp32, summed up before they are added: a[m][h][k] is this lane's rows of the left operand.
+template <int kM, int kN, class TileB>
+__device__ __forceinline__ void add_short_sums(Accumulator<kM, kN>& acc, const float (&a)[kM][2][8], const TileB& b, int row_b, int col_b) {
+  uint32_t start[8];  // of a lane's columns in each of the rows
+#pragma unroll
+  for (int k = 0; k < 8; ++k) start[k] = b.at(row_b + k, (col_b + lane_col()) / 4) + lane_col() % 4 * 4;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    float2 sum[kM][2] = {};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const float2 fb = ptx::ld_shared_v2((start[k] ^ ((2 * n & TileB::kSwizzled) << 4)) + ((2 * n & ~TileB::kSwizzled) << 4));
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          sum[m][h].x = fmaf(a[m][h][k], fb.x, sum[m][h].x);
+          sum[m][h].y = fmaf(a[m][h][k], fb.y, sum[m][h].y);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        acc.x[m][n][2 * h] += sum[m][h].x;
+        acc.x[m][n][2 * h + 1] += sum[m][h].y;
+      }
   }
 }
 
@@ -106,41 +157,61 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
         uint32_t fb[4];
         ptx::ldmatrix_x4_trans(fb, cb.at(k * 16, n));
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          ptx::mma_m16n8k16(acc.x[m][n], a.x[m][k], fb[0], fb[1], T{});
-          ptx::mma_m16n8k16(acc.x[m][n + 1], a.x[m][k], fb[2], fb[3], T{});
-        }
+        for (int m = 0; m < kM; ++m) mma_step<T, false>(acc, m, n, a.x[m][k], fb);
       }
     }
   } else {
 #pragma unroll
     for (int k8 = 0; k8 < kK; ++k8) {
-#pragma unroll 1
-      for (int k = 0; k < 8; ++k) {
-        float fa[kM][2];
+      float fa[kM][2][8];
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m)
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
-            fa[m][h] = __shfl_sync(~0u, k % 2 ? a.x[m][k8][2 * h + 1] : a.x[m][k8][2 * h], (lane & ~3) | k / 2);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          const int col = col_b + n * 8 + lane_col();
-          const float2 fb = ptx::ld_shared_v2(b.at(row_b + k8 * 8 + k, col / 4) + col % 4 * 4);
-#pragma unroll
-          for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              acc.x[m][n][2 * h] = fmaf(fa[m][h], fb.x, acc.x[m][n][2 * h]);
-              acc.x[m][n][2 * h + 1] = fmaf(fa[m][h], fb.y, acc.x[m][n][2 * h + 1]);
-            }
-        }
-      }
+        for (int i = 0; i < 16; ++i)
+          fa[m][i / 8][i % 8] = __shfl_sync(~0u, a.x[m][k8][i / 8 * 2 + i % 2], (lane & ~3) | i % 8 / 2);
+      add_short_sums(acc, fa, b, row_b + k8 * 8, col_b);
     }
   }
 }
 
-// K rows of both operands: acc[i][j] += sum_k a[k][col_a + i] b[k][col_b + j].
+// Rows of the left operand run along K, the right one has K rows: acc[i][j] += sum_k a[row_a + i][k] b[k][col_b + j].
+template <class T, int kK, int kM, int kN, class TileA, class TileB>
+__device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b, int col_b) {
+  const int lane = lane_id();
+  if constexpr (kIs16Bit<T>) {
+    const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
+    const Cursor<TileB> cb(b, lane % 16, col_b / 8 + lane / 16);
+#pragma unroll
+    for (int k = 0; k < kK / 16; ++k) {
+      uint32_t fa[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(fa[m], ca.at(m * 16, k * 2));
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        uint32_t fb[4];
+        ptx::ldmatrix_x4_trans(fb, cb.at(k * 16, n));
+#pragma unroll
+        for (int m = 0; m < kM; ++m) mma_step<T, false>(acc, m, n, fa[m], fb);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int k8 = 0; k8 < kK / 8; ++k8) {
+      float fa[kM][2][8];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float4 x = ptx::ld_shared_v4(a.at(row_a + m * 16 + i / 2 * 8 + lane_row(), k8 * 2 + i % 2));
+          float* to = &fa[m][i / 2][i % 2 * 4];
+          to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+        }
+      add_short_sums(acc, fa, b, k8 * 8, col_b);
+    }
+  }
+}
+
+// K rows of both operands: acc[i][j] = sum_k a[k][col_a + i] b[k][col_b + j].
 template <class T, int kK, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_columns(Accumulator<kM, kN>& acc, const TileA& a, int col_a, const TileB& b, int col_b) {
   const int lane = lane_id();
@@ -158,34 +229,29 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kM, kN>& acc, const
         ptx::ldmatrix_x4_trans(fb, cb.at(k * 16, n));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          ptx::mma_m16n8k16(acc.x[m][n], fa[m], fb[0], fb[1], T{});
-          ptx::mma_m16n8k16(acc.x[m][n + 1], fa[m], fb[2], fb[3], T{});
+          if (k == 0) {
+            mma_step<T, true>(acc, m, n, fa[m], fb);
+          } else {
+            mma_step<T, false>(acc, m, n, fa[m], fb);
+          }
         }
       }
     }
   } else {
+    acc.clear();
 #pragma unroll 1
-    for (int k = 0; k < kK; ++k) {
-      float fa[kM][2];
+    for (int k8 = 0; k8 < kK / 8; ++k8) {
+      float fa[kM][2][8];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int col = col_a + m * 16 + h * 8 + lane_row();
-          fa[m][h] = ptx::ld_shared(a.at(k, col / 4) + col % 4 * 4);
-        }
+        for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int col = col_b + n * 8 + lane_col();
-        const float2 fb = ptx::ld_shared_v2(b.at(k, col / 4) + col % 4 * 4);
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            acc.x[m][n][2 * h] = fmaf(fa[m][h], fb.x, acc.x[m][n][2 * h]);
-            acc.x[m][n][2 * h + 1] = fmaf(fa[m][h], fb.y, acc.x[m][n][2 * h + 1]);
+          for (int k = 0; k < 8; ++k) {
+            const int col = col_a + m * 16 + h * 8 + lane_row();
+            fa[m][h][k] = ptx::ld_shared(a.at(k8 * 8 + k, col / 4) + col % 4 * 4);
           }
-      }
+      add_short_sums(acc, fa, b, k8 * 8, col_b);
     }
   }
 }

@@ -17,7 +17,7 @@ struct TableSums {
   unsigned long long* words = nullptr;    // [kWords][entries]; null: sums are added to directly
   int64_t entries = 0, head_stride = 0;   // head_stride 0: all heads share one table
 
-  static __device__ __noinline__ void add_exactly(unsigned long long* word, int64_t entries, float x) {
+  static __device__ __forceinline__ void add_exactly(unsigned long long* word, int64_t entries, float x) {
     const unsigned bits = __float_as_uint(x), exponent = bits >> 23 & 255, fraction = bits & 0x7fffff;
     if (exponent == 255) {
       atomicOr(word + kDigits * entries, fraction ? 4ull : bits >> 31 ? 2ull : 1ull);
@@ -51,8 +51,19 @@ struct TableSums {
   }
 };
 
+// Where one head's sums go, each times a factor.
+struct TableTarget {
+  const TableSums& sums;
+  int head;
+  float factor;
+
+  __device__ __forceinline__ void add(int index, float x) const { sums.add(head, index, x * factor); }
+};
+
 struct BiasGradients {
-  TableSums position, time;
+  const TableSums &position, &time;
+  int head;
+  float factor;  // turns what add_grad is given into gradients
 };
 
 }  // namespace hstu_ops::cuda

@@ -38,7 +38,7 @@ struct BwdWorkspace {
       t.sums = static_cast<float*>(grad);
       t.head_stride = stride ? entries : 0;
       t.entries = stride ? static_cast<int64_t>(entries) * a.heads : entries;
-      if (p.deterministic)
+      if (p.deterministic || a.dtype == DType::kFloat32)  // fp32 sums of thousands of fp32 values would be too coarse
         t.words = static_cast<unsigned long long*>(take(static_cast<size_t>(t.entries) * TableSums::kWords * sizeof(unsigned long long)));
       return t;
     };

@@ -1,0 +1,210 @@
+// Time terms of one warp's tile: which buckets it holds, their weights, and sums of their gradients.
+#pragma once
+
+#include "cuda/ptx/memory.h"
+#include "cuda/tile/table_grad.h"
+#include "cuda/tile/time_buckets.h"
+
+namespace hstu_ops::cuda {
+
+// A lane's sum over elements of one bucket that has not been added to the table yet.
+struct TimeRun {
+  int bucket = 0;
+  float sum = 0.f;
+
+  __device__ __forceinline__ void turn(const TableTarget& to, int next) {
+    if (next == bucket) return;
+    to.add(bucket, sum);
+    bucket = next;
+    sum = 0.f;
+  }
+  // Where the whole warp holds one bucket a single addition does.
+  __device__ __forceinline__ void finish(const TableTarget& to) {
+    if (__reduce_min_sync(~0u, bucket) == __reduce_max_sync(~0u, bucket)) {
+#pragma unroll
+      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      if (lane_id() != 0) sum = 0.f;
+    }
+    to.add(bucket, sum);
+    sum = 0.f;
+  }
+};
+
+// The times of one warp's tile, spread over its lanes; rows are queries unless kTransposed.
+template <bool kTransposed, int kRows, int kCols>
+struct TileTimes {
+  static_assert(kRows <= 32 && kCols <= 64, "one row and two columns a lane");
+  static constexpr int kWords = (kCols + 31) / 32;
+
+  int row, col[kWords];  // relative to the time of the first key
+  int query, key;
+  bool fast;         // 32 bits and one comparison are enough
+  int bucket, last;  // smallest and largest bucket of the tile
+
+  __device__ __forceinline__ TileTimes(const TimeTerm& t, int query, int key)
+      : query(query), key(key), fast(false), bucket(0), last(0) {
+    if (!t.weight) return;
+    const int lane = lane_id();
+    const int64_t base = t.key_time(key);
+    bool fits = true;
+    row = relative(kTransposed ? t.key_time(key + lane % kRows) : t.query_time(query + lane % kRows), base, fits);
+    int lo = row, hi = row, col_lo = INT32_MAX, col_hi = INT32_MIN;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int at = w * 32 + lane % min_int(kCols, 32);
+      col[w] = relative(kTransposed ? t.query_time(query + at) : t.key_time(key + at), base, fits);
+      col_lo = min_int(col_lo, col[w]);
+      col_hi = max_int(col_hi, col[w]);
+    }
+    fast = __all_sync(~0u, fits);
+    if (fast) {
+      lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
+      col_lo = __reduce_min_sync(~0u, col_lo), col_hi = __reduce_max_sync(~0u, col_hi);
+      const int gap_lo = kTransposed ? col_lo - hi : lo - col_hi, gap_hi = kTransposed ? col_hi - lo : hi - col_lo;
+      fast = t.simple(gap_lo, gap_hi);
+      bucket = t.bucket_of(gap_lo);
+      last = t.bucket_of(gap_hi);
+    }
+    if (!fast) find_range(t);
+  }
+
+  __device__ bool constant() const { return bucket == last; }
+
+  // s += argument * weight[bucket]
+  template <int kM, int kN>
+  __device__ __forceinline__ void add(const TimeTerm& t, Accumulator<kM, kN>& s, float argument) const {
+    if (!fast) {
+      add_searching(t, s, argument);
+      return;
+    }
+    int rows[2 * kM];
+#pragma unroll
+    for (int r = 0; r < 2 * kM; ++r) rows[r] = __shfl_sync(~0u, row, r * 8 + lane_row());
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int at = __shfl_sync(~0u, col[n / 4], n % 4 * 8 + lane_col() + c);
+#pragma unroll
+        for (int r = 0; r < 2 * kM; ++r) {
+          float& x = s.x[r / 2][n][r % 2 * 2 + c];
+          x = fmaf(argument, t.weight_of(kTransposed ? at - rows[r] : rows[r] - at), x);
+        }
+      }
+  }
+
+  // Bucket of one element, however far apart.
+  __device__ __forceinline__ int find(const TimeTerm& t, int i, int j) const {
+    return t.search(time_gap(t.query_time(query + i), t.key_time(key + j)), bucket, last);
+  }
+
+  // Adds ds to a table; what a lane has not written yet stays in `run`.
+  template <class T, int kM, int kN, class Slots>
+  __device__ __forceinline__ void add_grad(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to, TimeRun& run,
+                                           const Slots& slots) const {
+    if (constant()) {
+      run.turn(to, bucket);
+      ds.each([&](float x, int, int) { run.sum += x; });
+      return;
+    }
+    float most = 0.f;
+    ds.each([&](float x, int, int) { most = fmaxf(most, fabsf(x)); });
+    const unsigned top = __reduce_max_sync(~0u, __float_as_uint(most));
+    if (top == 0) return;
+    if (fast && last - bucket < kSlots && top < 0x7f800000) {
+      add_counting<kIs16Bit<T> ? 1 : 2>(t, ds, to, slots, top);
+    } else {
+#pragma unroll 1
+      for (int at = 0; at < kM * kN * 4; ++at) {
+        const int i = element_row<kN>(at), j = element_col<kN>(at);
+        run.turn(to, find(t, kTransposed ? j : i, kTransposed ? i : j));
+        run.sum += ds.pick(at);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSlots = 64;
+
+  // Sums per bucket as integers in shared memory, which adds those at full speed and in any order to the same result: values
+  // are scaled to 20 bits below the largest, and with two digits their remainders to 20 more.
+  template <int kDigits, int kM, int kN, class Slots>
+  __device__ __forceinline__ void add_counting(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to, const Slots& slots,
+                                               unsigned top) const {
+    static_assert(kRows * kCols <= 1024, "sums of that many 20-bit values fit");
+    constexpr float kDigit = 1 << 20;
+    const int exponent = max_int(static_cast<int>(top >> 23), 20);
+    const float scale = __int_as_float((273 - exponent) << 23), unscale = __int_as_float((exponent - 19) << 23);
+    for (int i = lane_id(); i < kSlots * kDigits; i += 32) ptx::st_shared(slots.at(i), 0u);
+    __syncwarp();
+    int rows[2 * kM];
+#pragma unroll
+    for (int r = 0; r < 2 * kM; ++r) rows[r] = __shfl_sync(~0u, row, r * 8 + lane_row());
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int at = __shfl_sync(~0u, col[n / 4], n % 4 * 8 + lane_col() + c);
+#pragma unroll
+        for (int r = 0; r < 2 * kM; ++r) {
+          const float x = ds.x[r / 2][n][r % 2 * 2 + c] * scale;
+          if (x == 0.f) continue;  // a time past the end of the sequence may lie in any bucket
+          const int slot = t.bucket_of(kTransposed ? at - rows[r] : rows[r] - at) - bucket;
+          const int digit = __float2int_rn(x);
+          ptx::red_shared_add(slots.at(slot), digit);
+          if (kDigits == 2) ptx::red_shared_add(slots.at(kSlots + slot), __float2int_rn((x - static_cast<float>(digit)) * kDigit));
+        }
+      }
+    __syncwarp();
+    for (int i = lane_id(); i <= last - bucket; i += 32) {
+      float sum = static_cast<float>(ptx::ld_shared_int(slots.at(i)));
+      if (kDigits == 2) sum += static_cast<float>(ptx::ld_shared_int(slots.at(kSlots + i))) / kDigit;
+      to.add(bucket + i, sum * unscale);
+    }
+    __syncwarp();
+  }
+
+  __device__ static __forceinline__ int relative(int64_t time, int64_t base, bool& fits) {
+    const int64_t d = time_gap(time, base);
+    fits = fits && d > -(1 << 30) && d < (1 << 30);
+    return static_cast<int>(d);
+  }
+  // One element at a time: rare, so the loop over a lane's elements is kept rolled.
+  template <int kM, int kN>
+  __device__ __forceinline__ void add_searching(const TimeTerm& t, Accumulator<kM, kN>& s, float argument) const {
+#pragma unroll 1
+    for (int at = 0; at < kM * kN * 4; ++at) {
+      const int i = element_row<kN>(at), j = element_col<kN>(at);
+      const float w = argument * __ldg(t.weight + find(t, kTransposed ? j : i, kTransposed ? i : j));
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (at == (m * kN + n) * 4 + e) s.x[m][n][e] += w;
+    }
+  }
+  // Smallest and largest gap in 64 bits; where they could wrap around, every bucket is possible.
+  __device__ __forceinline__ void find_range(const TimeTerm& t) {
+    constexpr int kQueries = kTransposed ? kCols : kRows, kKeys = kTransposed ? kRows : kCols;
+    long long q_lo = INT64_MAX, q_hi = INT64_MIN, k_lo = INT64_MAX, k_hi = INT64_MIN;
+    for (int i = lane_id(); i < 64; i += 32) {
+      const long long q = t.query_time(query + i % kQueries), k = t.key_time(key + i % kKeys);
+      q_lo = min(q_lo, q), q_hi = max(q_hi, q), k_lo = min(k_lo, k), k_hi = max(k_hi, k);
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+      q_lo = min(q_lo, __shfl_xor_sync(~0u, q_lo, d));
+      q_hi = max(q_hi, __shfl_xor_sync(~0u, q_hi, d));
+      k_lo = min(k_lo, __shfl_xor_sync(~0u, k_lo, d));
+      k_hi = max(k_hi, __shfl_xor_sync(~0u, k_hi, d));
+    }
+    constexpr long long kFar = 1ll << 62;
+    const bool safe = q_lo > -kFar && k_lo > -kFar && q_hi < kFar && k_hi < kFar;
+    bucket = safe ? t.search(q_lo - k_hi, 0, t.count) : 0;
+    last = safe ? t.search(q_hi - k_lo, 0, t.count) : t.count;
+  }
+};
+
+}  // namespace hstu_ops::cuda
