@@ -58,14 +58,16 @@ __device__ __forceinline__ void red_shared_add(uint32_t address, int x) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
-// p[0] += x, p[1] += y; p is 8-byte aligned. One instruction where the hardware has it.
+// p[i] += the i-th argument.
 __device__ __forceinline__ void red_add_v2(float* p, float x, float y) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(p), "f"(x), "f"(y) : "memory");
-#else
   asm volatile("red.global.add.f32 [%0], %1;\n\tred.global.add.f32 [%0 + 4], %2;" ::"l"(p), "f"(x), "f"(y) : "memory");
-#endif
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void red_add_v4(float* p, float x, float y, float z, float w) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+#endif
 
 __device__ __forceinline__ void red_add(unsigned long long* p, unsigned long long x) {
   asm volatile("red.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");

@@ -198,10 +198,12 @@ struct BwdTile {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int query = tile * C::kQueries + row + m * 16 + h * 8 + lane_row();
-          if (query >= job.sequence.num_q) continue;
-          float* to = arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col + lane_col();
+          float* to = arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col;
 #pragma unroll
-          for (int n = 0; n < kN; ++n) ptx::red_add_v2(to + n * 8, dq.x[m][n][2 * h] * f, dq.x[m][n][2 * h + 1] * f);
+          for (int n = 0; n < kN; n += 2) {
+            const auto pair = [&](int i) { return make_float2(dq.x[m][n + i][2 * h] * f, dq.x[m][n + i][2 * h + 1] * f); };
+            add_row(to + n * 8, pair(0), pair(1), query < job.sequence.num_q);
+          }
         }
     }
   }
@@ -312,16 +314,25 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_bwd_kernel(
   __shared__ Job job;
   const BwdStorage<C> shared(memory);
   const AttentionProblem& problem = arguments.params.problem;
-  WorkItem item;
-  Tickets tickets(arguments.workspace.ticket);
-  while (find_work<C::kKeys, true>(arguments.schedule, tickets.next(), item)) {
-    if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence)};
+  const JaggedParams& jagged = problem.jagged;
+  const IntArray& query_offsets = jagged.offsets_q ? jagged.offsets_q : jagged.offsets;
+  job.ordered = arguments.workspace.turns && in_order(query_offsets, jagged.batch, jagged.total_q);
+  for (int64_t i = take_ticket(arguments.workspace.ticket, blockIdx.x);;) {
+    WorkItem item;
+    if (!find_work<C::kKeys, true>(arguments.schedule, i, item)) break;
+    if (threadIdx.x == 0) {
+      job.item = item;
+      job.sequence = load_sequence(jagged, problem.mask, item.sequence);
+      job.index = i;
+    }
     __syncthreads();
     const Bias& bias = make_bias<Bias>(problem, job, shared.bias);
     BwdTile<C, Bias> tile(arguments, job, shared);
     tile.run(bias);
     tile.store();
+    const int64_t next = job.index + gridDim.x;
     __syncthreads();  // the next item reuses shared memory
+    i = take_ticket(arguments.workspace.ticket, next);
   }
 }
 

@@ -23,7 +23,7 @@ struct FwdShape {
   static constexpr int kTileBytes = kDim * static_cast<int>(sizeof(T));
   static constexpr int kSharedBytes = (kRows + 2 * kStages * kCols) * kTileBytes;
   static_assert(kSharedBytes <= kSmallSharedMemory - kExtraBytes, "no room for a bias and its table");
-  static_assert(kCols % 16 == 0 && kCols <= 64, "keep bits are 64 a row");
+  static_assert(kCols % kStep == 0 && kStep % 16 == 0 && kStep <= 64, "keep bits are 64 a row");
 };
 
 template <class T, int kDim>
@@ -31,7 +31,7 @@ struct FwdConfig;
 template <class T>
 struct FwdConfig<T, 32> : FwdShape<T, 32, 2, 4, 64, 64, 2> {};
 template <class T>
-struct FwdConfig<T, 64> : FwdShape<T, 64, 2, 4, 64, 32, 3> {};
+struct FwdConfig<T, 64> : FwdShape<T, 64, 2, 4, 128, 32, 2> {};
 template <class T>
 struct FwdConfig<T, 128> : FwdShape<T, 128, 2, 4, 64, 32, 2> {};
 template <class T>
@@ -53,9 +53,9 @@ struct FwdBiasConfig<__half, 64> : FwdShape<__half, 64, 2, 4, 64, 64, 2, false> 
 template <>
 struct FwdBiasConfig<__nv_bfloat16, 64> : FwdShape<__nv_bfloat16, 64, 2, 4, 64, 64, 2, false> {};
 template <>
-struct FwdBiasConfig<__half, 128> : FwdShape<__half, 128, 2, 4, 64, 16, 2> {};
+struct FwdBiasConfig<__half, 128> : FwdShape<__half, 128, 1, 8, 64, 64, 1, false> {};
 template <>
-struct FwdBiasConfig<__nv_bfloat16, 128> : FwdShape<__nv_bfloat16, 128, 2, 4, 64, 16, 2> {};
+struct FwdBiasConfig<__nv_bfloat16, 128> : FwdShape<__nv_bfloat16, 128, 1, 8, 64, 64, 1, false> {};
 
 // Backward: a block of threads owns kKeys keys of one head and walks tiles of kQueries queries. Its warps form kKeyWarps
 // groups of 16 * kM keys. A group is one warp, which holds scores of kStep queries at a time and multiplies them out of its
@@ -98,11 +98,11 @@ template <class T, bool kLarge>
 struct BwdConfig<T, 64, kLarge>
     : BwdShapes<BwdShape<T, 64, 2, 4, 1, 64, 32, 2, 2, 2>, BwdShape<T, 64, 2, 4, 1, 64, 32, 2, 2, 2>, BwdShape<T, 64, 2, 4, 1, 64, 16, 2, 2, 2>> {};
 template <class T>
-struct BwdConfig<T, 128, true> : BwdShapes<BwdShape<T, 128, 2, 2, 2, 64, 32, 2, 2, 2>, BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
+struct BwdConfig<T, 128, true> : BwdShapes<BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 2, 1>, BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
 template <class T>
 struct BwdConfig<T, 128, false> : BwdShapes<BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
 template <class T>
-struct BwdConfig<T, 256, true> : BwdShapes<BwdShape<T, 256, 1, 4, 2, 32, 16, 2, 2, 1>> {};
+struct BwdConfig<T, 256, true> : BwdShapes<BwdShape<T, 256, 1, 4, 2, 32, 16, 2, 2, 1>, BwdShape<T, 256, 1, 2, 4, 64, 16, 2, 1, 1>> {};
 template <class T>
 struct BwdConfig<T, 256, false> : BwdShapes<BwdShape<T, 256, 1, 2, 2, 32, 16, 2, 1, 1>> {};
 

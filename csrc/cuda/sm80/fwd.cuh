@@ -147,14 +147,16 @@ __global__ void __launch_bounds__(C::kThreads, Bias::kSharedBytes == 0 ? C::kBlo
   __shared__ Job job;
   const FwdStorage<C> shared(memory);
   const AttentionProblem& problem = arguments.params.problem;
-  WorkItem item;
-  for (int64_t i = blockIdx.x; find_work<C::kRows, false>(arguments.schedule, i, item); i += gridDim.x) {
-    if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence)};
+  for (int64_t i = blockIdx.x;;) {
+    WorkItem item;
+    if (!find_work<C::kRows, false>(arguments.schedule, i, item)) break;
+    if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), i, false};
     __syncthreads();
     const Bias& bias = make_bias<Bias>(problem, job, shared.bias);
     FwdTile<C, Bias> tile(arguments, job, shared);
     tile.run(bias);
     tile.store();
+    i = job.index + gridDim.x;
     __syncthreads();  // the next item reuses shared memory
   }
 }

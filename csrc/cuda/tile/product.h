@@ -5,38 +5,10 @@
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/mma.h"
 #include "cuda/ptx/memory.h"
+#include "cuda/tile/fragment.h"
 #include "cuda/tile/layout.h"
 
 namespace hstu_ops::cuda {
-
-// An accumulator tile rounded to T and kept in registers as the left operand of the next product.
-template <class T, int kM, int kN>
-struct Fragment {
-  uint32_t x[kM][kN / 2][4];
-
-  __device__ __forceinline__ explicit Fragment(const Accumulator<kM, kN>& a) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int k = 0; k < kN / 2; ++k)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[m][k][e] = pack(a.x[m][2 * k + e / 2][e % 2 * 2], a.x[m][2 * k + e / 2][e % 2 * 2 + 1], T{});
-  }
-};
-
-template <int kM, int kN>
-struct Fragment<float, kM, kN> {
-  float x[kM][kN][4];
-
-  __device__ __forceinline__ explicit Fragment(const Accumulator<kM, kN>& a) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[m][n][e] = a.x[m][n][e];
-  }
-};
 
 // One step of 16 along K with the right operand's 16 columns in fb.
 template <class T, bool kFirst, int kM, int kN>
@@ -57,8 +29,10 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
     const int lane = lane_id();
     const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
     const Cursor<TileB> cb(b, row_b + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-#pragma unroll
-    for (int k = 0; k < kK / 16; ++k) {
+    constexpr int kSteps = kK / 16, kUnrolled = kSteps > 8 ? 4 : kSteps;  // more are too many addresses
+    if (kUnrolled < kSteps) acc.clear();
+#pragma unroll kUnrolled
+    for (int k = 0; k < kSteps; ++k) {
       uint32_t fa[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(fa[m], ca.at(m * 16, k * 2));
@@ -68,7 +42,7 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
         ptx::ldmatrix_x4(fb, cb.at(n * 8, k * 2));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          if (k == 0) {
+          if (kUnrolled == kSteps && k == 0) {
             mma_step<T, true>(acc, m, n, fa[m], fb);
           } else {
             mma_step<T, false>(acc, m, n, fa[m], fb);
@@ -110,36 +84,6 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
             }
         }
     }
-  }
-}
-
-// Eight steps of K for fp32, summed up before they are added: a[m][h][k] is this lane's rows of the left operand.
-template <int kM, int kN, class TileB>
-__device__ __forceinline__ void add_short_sums(Accumulator<kM, kN>& acc, const float (&a)[kM][2][8], const TileB& b, int row_b, int col_b) {
-  uint32_t start[8];  // of a lane's columns in each of the rows
-#pragma unroll
-  for (int k = 0; k < 8; ++k) start[k] = b.at(row_b + k, (col_b + lane_col()) / 4) + lane_col() % 4 * 4;
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    float2 sum[kM][2] = {};
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const float2 fb = ptx::ld_shared_v2((start[k] ^ ((2 * n & TileB::kSwizzled) << 4)) + ((2 * n & ~TileB::kSwizzled) << 4));
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          sum[m][h].x = fmaf(a[m][h][k], fb.x, sum[m][h].x);
-          sum[m][h].y = fmaf(a[m][h][k], fb.y, sum[m][h].y);
-        }
-    }
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        acc.x[m][n][2 * h] += sum[m][h].x;
-        acc.x[m][n][2 * h + 1] += sum[m][h].y;
-      }
   }
 }
 

@@ -10,13 +10,15 @@
 namespace hstu_ops::cuda {
 
 struct WorkItem {
-  int sequence = 0, head = 0, block = 0;
+  int sequence, head, block;
 };
 
 // An item and its sequence: what a block of threads works on, kept in shared memory.
 struct Job {
   WorkItem item;
   Sequence sequence;
+  int64_t index;  // of the item
+  bool ordered;   // blocks take turns at dQ
 };
 
 struct Schedule {
@@ -73,8 +75,9 @@ __device__ __forceinline__ void pick_descending(const int (&count)[4], int rank,
 // Item `index`; false past the last one. kAscending: the lowest block of a sequence is its longest.
 template <int kRows, bool kAscending>
 __device__ bool find_work(const Schedule& s, int64_t index, WorkItem& item) {
-  const int64_t tile = index / s.heads;
-  item.head = static_cast<int>(index % s.heads);
+  if (index > 0xffffffff) return false;  // only ill-formed offsets make so many items
+  const unsigned heads = s.heads, tile = static_cast<unsigned>(index) / heads;
+  item.head = static_cast<int>(static_cast<unsigned>(index) - tile * heads);
   int64_t before = 0;
   for (int chunk = 0; chunk < s.batch; chunk += kChunk) {
     int count[4];

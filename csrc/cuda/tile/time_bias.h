@@ -61,9 +61,10 @@ struct TileTimes {
       lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
       col_lo = __reduce_min_sync(~0u, col_lo), col_hi = __reduce_max_sync(~0u, col_hi);
       const int gap_lo = kTransposed ? col_lo - hi : lo - col_hi, gap_hi = kTransposed ? col_hi - lo : hi - col_lo;
-      fast = t.simple(gap_lo, gap_hi);
-      bucket = t.bucket_of(gap_lo);
-      last = t.bucket_of(gap_hi);
+      bool known = true;
+      bucket = t.bucket_of(gap_lo, known);
+      last = t.bucket_of(gap_hi, known);
+      fast = known && (bucket == last || t.simple(gap_lo, gap_hi));
     }
     if (!fast) find_range(t);
   }
@@ -90,6 +91,7 @@ struct TileTimes {
           float& x = s.x[r / 2][n][r % 2 * 2 + c];
           x = fmaf(argument, t.weight_of(kTransposed ? at - rows[r] : rows[r] - at), x);
         }
+        __syncwarp();  // keeps look-ups of later columns, and their registers, from being moved up here
       }
   }
 
@@ -149,11 +151,13 @@ struct TileTimes {
         for (int r = 0; r < 2 * kM; ++r) {
           const float x = ds.x[r / 2][n][r % 2 * 2 + c] * scale;
           if (x == 0.f) continue;  // a time past the end of the sequence may lie in any bucket
-          const int slot = t.bucket_of(kTransposed ? at - rows[r] : rows[r] - at) - bucket;
+          bool known = true;
+          const int slot = t.bucket_of(kTransposed ? at - rows[r] : rows[r] - at, known) - bucket;
           const int digit = __float2int_rn(x);
           ptx::red_shared_add(slots.at(slot), digit);
           if (kDigits == 2) ptx::red_shared_add(slots.at(kSlots + slot), __float2int_rn((x - static_cast<float>(digit)) * kDigit));
         }
+        __syncwarp();  // as in add
       }
     __syncwarp();
     for (int i = lane_id(); i <= last - bucket; i += 32) {

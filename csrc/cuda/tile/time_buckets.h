@@ -7,6 +7,7 @@
 
 #include "core/bias.h"
 #include "core/jagged.h"
+#include "cuda/ptx/memory.h"
 #include "cuda/tile/layout.h"
 
 namespace hstu_ops::cuda {
@@ -26,7 +27,7 @@ struct TimeTerm {
   int count;
   const int64_t *query_times, *key_times;  // by row and column of the mask
   int first_query, last_query, last_key;   // beyond these there are no times
-  const TimeCell* cells;
+  uint32_t cells;  // address in shared memory
 
   __device__ TimeTerm(const RelativeBiasParams& p, const Sequence& s, int head, void* shared)
       : weight(p.time_weight ? static_cast<const float*>(p.time_weight) + head * p.time_head_stride : nullptr),
@@ -37,7 +38,7 @@ struct TimeTerm {
         first_query(p.query_timestamps ? s.first_row : max_int(s.first_row, 0)),
         last_query(s.mask.len - 1),
         last_key(s.mask.len - 1),
-        cells(static_cast<const TimeCell*>(shared)) {
+        cells(static_cast<uint32_t>(__cvta_generic_to_shared(shared))) {
     if (weight)
       for (int c = threadIdx.x; c < kCells; c += blockDim.x) static_cast<TimeCell*>(shared)[c] = make_cell(c);
   }
@@ -45,6 +46,10 @@ struct TimeTerm {
   __device__ int64_t query_time(int i) const { return __ldg(query_times + clamp_int(i, first_query, last_query)); }
   __device__ int64_t key_time(int j) const { return __ldg(key_times + clamp_int(j, 0, last_key)); }
 
+  __device__ __forceinline__ TimeCell cell(int c) const {
+    const uint4 x = ptx::ld_shared_u4(cells + c * static_cast<int>(sizeof(TimeCell)));
+    return {static_cast<int>(x.x), static_cast<int>(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+  }
   // Cell 0 holds all gaps below 1.
   __device__ static __forceinline__ int cell_of(int gap) {
     return max_int((__float_as_int(__int2float_rz(gap)) >> 21) - 507, 0);
@@ -71,19 +76,20 @@ struct TimeTerm {
     }
     return lo;
   }
-  // These two know nothing of cells with several boundaries.
-  __device__ __forceinline__ int bucket_of(int gap) const {
-    const TimeCell c = cells[cell_of(gap)];
+  // These two know nothing of cells with several boundaries, but the first can say so.
+  __device__ __forceinline__ int bucket_of(int gap, bool& known) const {
+    const TimeCell c = cell(cell_of(gap));
+    known = known && c.bucket >= 0;
     return c.bucket + (gap >= c.threshold);
   }
   __device__ __forceinline__ float weight_of(int gap) const {
-    const TimeCell c = cells[cell_of(gap)];
+    const TimeCell c = cell(cell_of(gap));
     return gap >= c.threshold ? c.above : c.below;
   }
   // Do all gaps in [lo, hi] lie in cells that answer with one comparison?
   __device__ __forceinline__ bool simple(int lo, int hi) const {
     bool yes = true;
-    for (int c = cell_of(lo) + lane_id(); c <= cell_of(hi); c += 32) yes = yes && cells[c].bucket >= 0;
+    for (int c = cell_of(lo) + lane_id(); c <= cell_of(hi); c += 32) yes = yes && cell(c).bucket >= 0;
     return __all_sync(~0u, yes);
   }
 };
