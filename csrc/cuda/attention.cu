@@ -43,10 +43,14 @@ Status dispatch(const AttentionProblem& a, F&& f) {
   const int dim = a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v;
   return dispatch("head dimension", dim, HeadDims{}, [&](auto d) -> Status {
     switch (a.dtype) {
-      case DType::kFloat16: return f(__half{}, d);
-      case DType::kBFloat16: return f(__nv_bfloat16{}, d);
-      case DType::kFloat32: return f(float{}, d);
-      default: return {"float64 is not supported on CUDA: convert to float32, or run on the CPU"};
+      case DType::kFloat16:
+        return f(__half{}, d);
+      case DType::kBFloat16:
+        return f(__nv_bfloat16{}, d);
+      case DType::kFloat32:
+        return f(float{}, d);
+      default:
+        return {"float64 is not supported on CUDA: convert to float32, or run on the CPU"};
     }
   });
 }
@@ -74,7 +78,8 @@ Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {
 Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* stream) {
   if (empty(params.problem)) return {};
   return dispatch(params.problem, [&](auto element, auto dim) {
-    return sm80::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace, static_cast<cudaStream_t>(stream));
+    return sm80::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace,
+                                                                        static_cast<cudaStream_t>(stream));
   });
 }
 

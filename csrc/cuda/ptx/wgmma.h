@@ -66,9 +66,9 @@ struct Wgmma;
                    : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                     \
     }                                                                                                                 \
     __device__ static __forceinline__ void multiply_fragment(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t b) { \
-      asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #kN                    \
-                   "k16.f32." kType "." kType " {" HSTU_REGS##kRegs                                                   \
-                   "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", p, 1, 1, 1;\n}\n"                          \
+      asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType   \
+                   "." kType " {" HSTU_REGS##kRegs "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4               \
+                                                   ", p, 1, 1, 1;\n}\n"                                               \
                    : HSTU_ACC##kRegs                                                                                  \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                             \
     }                                                                                                                 \

@@ -1,15 +1,16 @@
 // Attention backward with the instructions of sm_80: one kernel for dQ, dK, dV and the gradients of bias tables.
 //
-// A block of threads owns kKeys keys of one head, each warp 16 * kM of them with their dK and dV in registers, and walks
-// tiles of queries. Scores are computed transposed, S' = K Q' and dP' = V dO', so that P' and dS' are left operands of
-// dV += P' dO and dK += dS' Q without leaving the registers; only dQ = dS K needs dS in shared memory:
+// A block of threads owns kKeys keys of one head, each warp 16 * kM of them with their dK and dV in registers, and
+// walks tiles of queries. Scores are computed transposed, S' = K Q' and dP' = V dO', so that P' and dS' are left
+// operands of dV += P' dO and dK += dS' Q without leaving the registers; only dQ = dS K needs dS in shared memory:
 //
 //   S', dP', P', dS' | dV += P' dO | dK += dS' Q | dS' to buffer i | barrier | request tile i + 2 | dQ = dS K, added in
 //   global memory (fp32)
 //
 // One barrier a tile: behind it dS' is complete, the next tile has arrived, and this tile's buffers are free.
 //
-// Where a warp cannot hold its share of dK and dV (kExchange), warps share keys and P' goes through shared memory as well:
+// Where a warp cannot hold its share of dK and dV (kExchange), warps share keys and P' goes through shared memory as
+// well:
 //
 //   S', dP', P', dS' to buffers | barrier | request tile i + 1 | dV += P' dO | dK += dS' Q | dQ = dS K | wait, barrier
 #pragma once
@@ -41,8 +42,8 @@ template <class C>
 struct BwdStorage {
   using T = typename C::T;
   SmemTile<T, C::kDim> k, v;
-  SmemTile<T, C::kDim> q, g;     // kStages tiles each; g: gradient of the output
-  SmemTile<T, C::kQueries> ds;   // two tiles [key][query]; with kExchange the second is P'
+  SmemTile<T, C::kDim> q, g;    // kStages tiles each; g: gradient of the output
+  SmemTile<T, C::kQueries> ds;  // two tiles [key][query]; with kExchange the second is P'
   void* bias;
 
   __device__ explicit BwdStorage(unsigned char* shared) {
@@ -86,20 +87,21 @@ struct BwdTile {
 
   __device__ __forceinline__ void load_keys() const {
     const AttentionProblem& a = problem();
-    load_tile<C::kKeys, C::kThreads>(shared.k, GlobalRows<T>(a.k, job.sequence.begin_kv, job.item.head, a.dim_qk), first(),
-                                     job.sequence.mask.len);
-    load_tile<C::kKeys, C::kThreads>(shared.v, GlobalRows<T>(a.v, job.sequence.begin_kv, job.item.head, a.dim_v), first(),
-                                     job.sequence.mask.len);
+    load_tile<C::kKeys, C::kThreads>(shared.k, GlobalRows<T>(a.k, job.sequence.begin_kv, job.item.head, a.dim_qk),
+                                     first(), job.sequence.mask.len);
+    load_tile<C::kKeys, C::kThreads>(shared.v, GlobalRows<T>(a.v, job.sequence.begin_kv, job.item.head, a.dim_v),
+                                     first(), job.sequence.mask.len);
   }
 
   __device__ __forceinline__ void load_queries(int tile, int stage) const {
     const AttentionProblem& a = problem();
     load_tile<C::kQueries, C::kThreads>(shared.q.stage(stage, C::kQueries),
-                                        GlobalRows<T>(a.q, job.sequence.begin_q, job.item.head, a.dim_qk), tile * C::kQueries,
-                                        job.sequence.num_q);
-    load_tile<C::kQueries, C::kThreads>(shared.g.stage(stage, C::kQueries),
-                                        GlobalRows<T>(arguments.params.grad_out, job.sequence.begin_q, job.item.head, a.dim_v),
+                                        GlobalRows<T>(a.q, job.sequence.begin_q, job.item.head, a.dim_qk),
                                         tile * C::kQueries, job.sequence.num_q);
+    load_tile<C::kQueries, C::kThreads>(
+        shared.g.stage(stage, C::kQueries),
+        GlobalRows<T>(arguments.params.grad_out, job.sequence.begin_q, job.item.head, a.dim_v), tile * C::kQueries,
+        job.sequence.num_q);
   }
 
   __device__ Classes classify(int tile) const {
@@ -119,12 +121,13 @@ struct BwdTile {
     __device__ uint32_t at(int i) const {
       return ds.at(row + i % C::kWarpKeys, chunk + i / C::kWarpKeys / 4) + i / C::kWarpKeys % 4 * 4;
     }
-    static_assert(C::kWarpKeys * C::kStep * static_cast<int>(sizeof(T)) / 4 >= 64 * static_cast<int>(sizeof(T)) / 2, "64 buckets");
+    static_assert(C::kWarpKeys * C::kStep * static_cast<int>(sizeof(T)) / 4 >= 64 * static_cast<int>(sizeof(T)) / 2,
+                  "64 buckets");
   };
 
   // P' and dS' of queries [step, step + kStep) of a tile and this warp's keys; bias gradients.
-  __device__ __forceinline__ void score(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage, int step,
-                                        Scores& p, Scores& ds) const {
+  __device__ __forceinline__ void score(const Bias& bias, typename Bias::GradState& state, const TileState& at,
+                                        int stage, int step, Scores& p, Scores& ds) const {
     const int row = job.sequence.first_row + at.tile() * C::kQueries + step, col = first() + warp_key();
     const typename Bias::template Tile<true, C::kM, C::kStep / 8> offsets(bias, {row, col});
     multiply_rows<T, C::kDim>(p, shared.k, warp_key(), shared.q.stage(stage, C::kQueries), step);
@@ -133,12 +136,15 @@ struct BwdTile {
     Score<T>::differentiate(p, ds);
     if (!at.covered()) mask_columns(job.sequence.mask, row, job.sequence.mask.len, col, p, ds);
     if (problem().scale.per_row) apply_row_scale(at.tile() * C::kQueries + step, p, ds);
-    const ScoreSlots slots{shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(), step * static_cast<int>(sizeof(T)) / 16};
-    offsets.template add_grad<T>(ds, tables(), state, slots, bias.template finishes<T, C::kKeys, C::kQueries>(origin(at.tile())));
+    const ScoreSlots slots{shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(),
+                           step * static_cast<int>(sizeof(T)) / 16};
+    offsets.template add_grad<T>(ds, tables(), state, slots,
+                                 bias.template finishes<T, C::kKeys, C::kQueries>(origin(at.tile())));
   }
 
   // One step of a tile out of registers: dV, dK, and dS' into shared memory.
-  __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage, int step) {
+  __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at,
+                                          int stage, int step) {
     Scores s, d;
     score(bias, state, at, stage, step, s, d);
     multiply_fragment<T>(dv, Fragment<T, C::kM, C::kStep / 8>(s), shared.g.stage(stage, C::kQueries), step, 0);
@@ -148,7 +154,8 @@ struct BwdTile {
   }
 
   // This warp's step of P' and dS' into shared memory.
-  __device__ __forceinline__ void exchange(const Bias& bias, typename Bias::GradState& state, const TileState& at, int stage) const {
+  __device__ __forceinline__ void exchange(const Bias& bias, typename Bias::GradState& state, const TileState& at,
+                                           int stage) const {
     const int step = warp() / C::kKeyWarps * C::kStep;
     Scores s, d;
     score(bias, state, at, stage, step, s, d);
@@ -198,10 +205,13 @@ struct BwdTile {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int query = tile * C::kQueries + row + m * 16 + h * 8 + lane_row();
-          float* to = arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col;
+          float* to =
+              arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col;
 #pragma unroll
           for (int n = 0; n < kN; n += 2) {
-            const auto pair = [&](int i) { return make_float2(dq.x[m][n + i][2 * h] * f, dq.x[m][n + i][2 * h + 1] * f); };
+            const auto pair = [&](int i) {
+              return make_float2(dq.x[m][n + i][2 * h] * f, dq.x[m][n + i][2 * h + 1] * f);
+            };
             add_row(to + n * 8, pair(0), pair(1), query < job.sequence.num_q);
           }
         }
@@ -210,7 +220,8 @@ struct BwdTile {
 
   // What a complete tile of dS' is for.
   __device__ __forceinline__ void finish_tile(const Bias& bias, int tile, int stage) const {
-    bias.template finish_tile<T, C::kKeys, C::kQueries, C::kWarps>(shared.ds.stage(stage, C::kKeys), origin(tile), tables());
+    bias.template finish_tile<T, C::kKeys, C::kQueries, C::kWarps>(shared.ds.stage(stage, C::kKeys), origin(tile),
+                                                                   tables());
     const Turn turn(arguments.workspace.turns, job, tile, C::kQueries, C::kKeys, problem());
     turn.wait();
     add_dq(tile, stage);
@@ -218,7 +229,8 @@ struct BwdTile {
   }
 
   template <class Walk>
-  __device__ __forceinline__ void run_registers(const Bias& bias, typename Bias::GradState& state, Walk& walk, TileState current) {
+  __device__ __forceinline__ void run_registers(const Bias& bias, typename Bias::GradState& state, Walk& walk,
+                                                TileState current) {
     TileState next = current.exists() ? walk.next() : current;
     if (next.exists()) load_queries(next.tile(), 1);
     ptx::cp_async_commit();
@@ -242,7 +254,8 @@ struct BwdTile {
   }
 
   template <class Walk>
-  __device__ __forceinline__ void run_exchange(const Bias& bias, typename Bias::GradState& state, Walk& walk, TileState current) {
+  __device__ __forceinline__ void run_exchange(const Bias& bias, typename Bias::GradState& state, Walk& walk,
+                                               TileState current) {
     constexpr int kOther = C::kStages - 1;
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= kOther) {
@@ -256,7 +269,8 @@ struct BwdTile {
       if (C::kStages == 2 && next.exists()) load_queries(next.tile(), stage ^ kOther);
       ptx::cp_async_commit();
       if (current.mine()) {
-        multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries), own_col());
+        multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries),
+                                       own_col());
         multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col());
       }
       finish_tile(bias, current.tile(), 0);
@@ -301,15 +315,18 @@ struct BwdTile {
     __syncthreads();
     const AttentionBwdParams& p = arguments.params;
     const int len = job.sequence.mask.len;
-    store_tile<C::kKeys, C::kThreads>(shared.k, 0, GlobalRows<T>(p.grad_k, job.sequence.begin_kv, job.item.head, a.dim_qk), first(), len,
-                                      ptx::thread_index());
-    store_tile<C::kKeys, C::kThreads>(shared.v, 0, GlobalRows<T>(p.grad_v, job.sequence.begin_kv, job.item.head, a.dim_v), first(), len,
-                                      ptx::thread_index());
+    store_tile<C::kKeys, C::kThreads>(shared.k, 0,
+                                      GlobalRows<T>(p.grad_k, job.sequence.begin_kv, job.item.head, a.dim_qk), first(),
+                                      len, ptx::thread_index());
+    store_tile<C::kKeys, C::kThreads>(shared.v, 0,
+                                      GlobalRows<T>(p.grad_v, job.sequence.begin_kv, job.item.head, a.dim_v), first(),
+                                      len, ptx::thread_index());
   }
 };
 
 template <class C, class Bias>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_bwd_kernel(const __grid_constant__ BwdArguments arguments) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    attention_bwd_kernel(const __grid_constant__ BwdArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Job job;
   const BwdStorage<C> shared(memory);
@@ -318,8 +335,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) attention_bwd_kernel(
   const IntArray& query_offsets = jagged.offsets_q ? jagged.offsets_q : jagged.offsets;
   job.ordered = arguments.workspace.turns && in_order(query_offsets, jagged.batch, jagged.total_q);
   for (int64_t i = take_ticket(arguments.workspace.ticket, blockIdx.x);;) {
-    WorkItem item;
-    if (!find_work<C::kKeys, true>(arguments.schedule, i, item)) break;
+    const WorkItem item = find_work<C::kKeys, true>(arguments.schedule, i);
+    if (item.block < 0) break;
     if (threadIdx.x == 0) {
       job.item = item;
       job.sequence = load_sequence(jagged, problem.mask, item.sequence);
@@ -361,7 +378,8 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_
     const Status status = params.grad_bias ? dense_bias_grad<T, kDim>(params, stream) : Status{};
     return status.ok() ? launch_bwd<typename C::Dense, DenseBias>(params, memory, stream) : status;
   }
-  if (a.relative.position_weight || a.relative.time_weight) return launch_bwd<typename C::Relative, RelativeBias>(params, memory, stream);
+  if (a.relative.position_weight || a.relative.time_weight)
+    return launch_bwd<typename C::Relative, RelativeBias>(params, memory, stream);
   return launch_bwd<typename C::None, NoBias>(params, memory, stream);
 }
 

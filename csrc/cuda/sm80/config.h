@@ -5,8 +5,8 @@
 
 namespace hstu_ops::cuda::sm80 {
 
-constexpr int kSmallSharedMemory = 99 * 1024;  // sm_86, sm_89
-constexpr int kExtraBytes = 2560;                // a bias, its table and what is shared statically
+constexpr int kSmallSharedMemory = 99 * 1024;   // sm_86, sm_89
+constexpr int kExtraBytes = 2560;               // a bias, its table and what is shared statically
 constexpr int kLargeSharedMemory = 163 * 1024;  // sm_80, sm_90
 
 // Forward: a block of threads owns kRows queries of one head, each warp 16 * kM of them, and walks tiles of kCols keys.
@@ -52,32 +52,38 @@ template <>
 struct FwdBiasConfig<__half, 64> : FwdShape<__half, 64, 2, 4, 64, 64, 2, false> {};
 template <>
 struct FwdBiasConfig<__nv_bfloat16, 64> : FwdShape<__nv_bfloat16, 64, 2, 4, 64, 64, 2, false> {};
-template <>
-struct FwdBiasConfig<__half, 128> : FwdShape<__half, 128, 1, 8, 64, 64, 1, false> {};
-template <>
-struct FwdBiasConfig<__nv_bfloat16, 128> : FwdShape<__nv_bfloat16, 128, 1, 8, 64, 64, 1, false> {};
 
-// Backward: a block of threads owns kKeys keys of one head and walks tiles of kQueries queries. Its warps form kKeyWarps
-// groups of 16 * kM keys. A group is one warp, which holds scores of kStep queries at a time and multiplies them out of its
-// registers; or kSplit warps, each with kStep of the queries of the scores and 1 / kSplit of the columns of dK and dV,
-// which exchange P' and dS' through shared memory: fewer reads of operands, one barrier more. For dQ the warps are dealt
-// out anew, each with 16 * kQueryM queries of a tile.
-template <class T_, int kDim_, int kM_, int kKeyWarps_, int kSplit_, int kQueries_, int kStep_, int kQueryM_, int kStages_, int kBlocks_>
+template <>
+struct FwdBiasConfig<__half, 128> : FwdShape<__half, 128, 2, 4, 64, 32, 2, false> {};
+template <>
+struct FwdBiasConfig<__nv_bfloat16, 128> : FwdShape<__nv_bfloat16, 128, 2, 4, 64, 32, 2, false> {};
+
+// Backward: a block of threads owns kKeys keys of one head and walks tiles of kQueries queries. Its warps form
+// kKeyWarps groups of 16 * kM keys. A group is one warp, which holds scores of kStep queries at a time and multiplies
+// them out of its registers; or kSplit warps, each with kStep of the queries of the scores and 1 / kSplit of the
+// columns of dK and dV, which exchange P' and dS' through shared memory: fewer reads of operands, one barrier more. For
+// dQ the warps are dealt out anew, each with 16 * kQueryM queries of a tile.
+template <class T_, int kDim_, int kM_, int kKeyWarps_, int kSplit_, int kQueries_, int kStep_, int kQueryM_,
+          int kStages_, int kBlocks_>
 struct BwdShape {
   using T = T_;
-  static constexpr int kDim = kDim_, kM = kM_, kKeyWarps = kKeyWarps_, kSplit = kSplit_, kQueries = kQueries_, kStep = kStep_;
+  static constexpr int kDim = kDim_, kM = kM_, kKeyWarps = kKeyWarps_, kSplit = kSplit_, kQueries = kQueries_,
+                       kStep = kStep_;
   static constexpr bool kExchange = kSplit > 1;
-  static constexpr int kWarps = kKeyWarps * kSplit, kThreads = 32 * kWarps, kWarpKeys = 16 * kM, kKeys = kKeyWarps * kWarpKeys;
+  static constexpr int kWarps = kKeyWarps * kSplit, kThreads = 32 * kWarps, kWarpKeys = 16 * kM,
+                       kKeys = kKeyWarps * kWarpKeys;
   static constexpr int kOwnDim = kDim / kSplit;
   static constexpr int kQueryM = kQueryM_, kQueryRows = kQueries / (16 * kQueryM), kQueryCols = kWarps / kQueryRows;
   static constexpr int kQueryDim = kDim / kQueryCols;  // columns of dQ a warp
   static constexpr int kStages = kStages_;
   static constexpr int kBlocks = kBlocks_;
-  static constexpr int kTileBytes = kDim * static_cast<int>(sizeof(T)), kScoreBytes = kQueries * static_cast<int>(sizeof(T));
+  static constexpr int kTileBytes = kDim * static_cast<int>(sizeof(T)),
+                       kScoreBytes = kQueries * static_cast<int>(sizeof(T));
   // dS' of two tiles, or P' and dS' of one
   static constexpr int kSharedBytes = (2 * kKeys + 2 * kStages * kQueries) * kTileBytes + 2 * kKeys * kScoreBytes;
   static_assert(kSharedBytes <= kLargeSharedMemory - kExtraBytes, "no room for a bias and its table");
-  static_assert(kQueries % kStep == 0 && kQueryRows * kQueryCols == kWarps && kQueryDim % 16 == 0, "all warps have a share of dQ");
+  static_assert(kQueries % kStep == 0 && kQueryRows * kQueryCols == kWarps && kQueryDim % 16 == 0,
+                "all warps have a share of dQ");
   static_assert(kExchange ? kStep * kSplit == kQueries : kStages == 2, "see bwd.cuh");
 };
 
@@ -96,13 +102,16 @@ template <class T, bool kLarge>
 struct BwdConfig<T, 32, kLarge> : BwdShapes<BwdShape<T, 32, 2, 4, 1, 64, 32, 2, 2, 2>> {};
 template <class T, bool kLarge>
 struct BwdConfig<T, 64, kLarge>
-    : BwdShapes<BwdShape<T, 64, 2, 4, 1, 64, 32, 2, 2, 2>, BwdShape<T, 64, 2, 4, 1, 64, 32, 2, 2, 2>, BwdShape<T, 64, 2, 4, 1, 64, 16, 2, 2, 2>> {};
+    : BwdShapes<BwdShape<T, 64, 2, 4, 1, 64, 32, 2, 2, 2>, BwdShape<T, 64, 2, 4, 1, 64, 32, 2, 2, 2>,
+                BwdShape<T, 64, 2, 4, 1, 64, 16, 2, 2, 2>> {};
 template <class T>
-struct BwdConfig<T, 128, true> : BwdShapes<BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 2, 1>, BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
+struct BwdConfig<T, 128, true>
+    : BwdShapes<BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 2, 1>, BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
 template <class T>
 struct BwdConfig<T, 128, false> : BwdShapes<BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
 template <class T>
-struct BwdConfig<T, 256, true> : BwdShapes<BwdShape<T, 256, 1, 4, 2, 32, 16, 2, 2, 1>, BwdShape<T, 256, 1, 2, 4, 64, 16, 2, 1, 1>> {};
+struct BwdConfig<T, 256, true>
+    : BwdShapes<BwdShape<T, 256, 1, 4, 2, 32, 16, 2, 2, 1>, BwdShape<T, 256, 1, 2, 4, 64, 16, 2, 1, 1>> {};
 template <class T>
 struct BwdConfig<T, 256, false> : BwdShapes<BwdShape<T, 256, 1, 2, 2, 32, 16, 2, 1, 1>> {};
 

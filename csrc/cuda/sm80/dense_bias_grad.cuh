@@ -1,5 +1,6 @@
-// Gradient of a dense bias. A block of threads owns one tile of [size, size] and sums it over the sequences and heads that
-// share it, recomputing their scores: every element is written once, zeros included, in a fixed order and without atomics.
+// Gradient of a dense bias. A block of threads owns one tile of [size, size] and sums it over the sequences and heads
+// that share it, recomputing their scores: every element is written once, zeros included, in a fixed order and without
+// atomics.
 #pragma once
 
 #include "core/launch.h"
@@ -51,7 +52,8 @@ struct DenseGradTile {
   __device__ void load(const Sequence& s, int head) const {
     const AttentionProblem& a = params.problem;
     load_tile<C::kRows, C::kThreads>(q, GlobalRows<T>(a.q, s.begin_q, head, a.dim_qk), row - s.first_row, s.num_q);
-    load_tile<C::kRows, C::kThreads>(g, GlobalRows<T>(params.grad_out, s.begin_q, head, a.dim_v), row - s.first_row, s.num_q);
+    load_tile<C::kRows, C::kThreads>(g, GlobalRows<T>(params.grad_out, s.begin_q, head, a.dim_v), row - s.first_row,
+                                     s.num_q);
     load_tile<C::kCols, C::kThreads>(k, GlobalRows<T>(a.k, s.begin_kv, head, a.dim_qk), col, s.mask.len);
     load_tile<C::kCols, C::kThreads>(v, GlobalRows<T>(a.v, s.begin_kv, head, a.dim_v), col, s.mask.len);
     ptx::cp_async_commit();
@@ -60,7 +62,9 @@ struct DenseGradTile {
 
   __device__ void add(const Sequence& sequence, int index, int head) {
     const AttentionProblem& a = params.problem;
-    if (!sequence.mask.touches(max_int(row, sequence.first_row), row + C::kRows, col, min_int(col + C::kCols, sequence.mask.len))) return;
+    if (!sequence.mask.touches(max_int(row, sequence.first_row), row + C::kRows, col,
+                               min_int(col + C::kCols, sequence.mask.len)))
+      return;
     __syncthreads();  // the previous sequence or head is done with shared memory
     load(sequence, head);
     __syncthreads();
@@ -95,7 +99,8 @@ struct DenseGradTile {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) dense_bias_grad_kernel(const __grid_constant__ DenseGradArguments arguments) {
+__global__ void __launch_bounds__(C::kThreads, 1)
+    dense_bias_grad_kernel(const __grid_constant__ DenseGradArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   const AttentionBwdParams& params = arguments.params;
   const AttentionProblem& a = params.problem;
@@ -120,11 +125,13 @@ Status dense_bias_grad(const AttentionBwdParams& params, cudaStream_t stream) {
   using C = DenseGradConfig<T, kDim>;
   const DenseBiasParams& dense = params.problem.dense;
   const DenseGradArguments arguments{params, ceil_div(dense.size, C::kRows), ceil_div(dense.size, C::kCols)};
-  const int64_t matrices = int64_t{dense.batch_stride ? params.problem.jagged.batch : 1} * (dense.head_stride ? params.problem.heads : 1);
+  const int64_t matrices =
+      int64_t{dense.batch_stride ? params.problem.jagged.batch : 1} * (dense.head_stride ? params.problem.heads : 1);
   const int64_t blocks = matrices * arguments.row_tiles * arguments.col_tiles;
   if (blocks == 0) return {};
   if (blocks > 0x7fffffff) return {"the gradient of a dense bias of this size needs more than 2^31 blocks of threads"};
-  HSTU_TRY(cudaFuncSetAttribute(dense_bias_grad_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+  HSTU_TRY(
+      cudaFuncSetAttribute(dense_bias_grad_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   dense_bias_grad_kernel<C><<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(arguments);
   HSTU_TRY(cudaGetLastError());
   return {};

@@ -1,4 +1,5 @@
-// What is left after the main backward kernel: fp32 sums of dQ to the type and strides of grad_q, exact table sums to fp32.
+// What is left after the main backward kernel: fp32 sums of dQ to the type and strides of grad_q, exact table sums to
+// fp32.
 #pragma once
 
 #include "core/launch.h"
@@ -21,7 +22,8 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const __grid_
   const int chunks = f.padded_dim / kPer;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x, thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const View& to = f.params.grad_q;
-  const bool aligned = reinterpret_cast<uintptr_t>(to.data) % 16 == 0 && to.row_stride % kPer == 0 && to.head_stride % kPer == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(to.data) % 16 == 0 && to.row_stride % kPer == 0 && to.head_stride % kPer == 0;
   for (int64_t i = thread; i < a.jagged.total_q * a.heads * chunks; i += stride) {
     const int col = static_cast<int>(i % chunks) * kPer;
     if (col >= a.dim_qk) continue;
@@ -46,14 +48,19 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const __grid_
 }
 
 template <class T>
-Status finish_bwd(const AttentionBwdParams& params, const BwdWorkspace& workspace, int padded_dim, cudaStream_t stream) {
+Status finish_bwd(const AttentionBwdParams& params, const BwdWorkspace& workspace, int padded_dim,
+                  cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   const int64_t chunks = a.jagged.total_q * a.heads * (padded_dim / 4);
-  const int64_t most = workspace.position.entries + workspace.time.entries > chunks ? workspace.position.entries + workspace.time.entries : chunks;
+  const int64_t most = workspace.position.entries + workspace.time.entries > chunks
+                           ? workspace.position.entries + workspace.time.entries
+                           : chunks;
   const int64_t blocks = (most + 1023) / 1024;
   constexpr int64_t kMost = 1 << 20;
-  attention_bwd_finish_kernel<T><<<static_cast<unsigned>(blocks < 1 ? 1 : blocks < kMost ? blocks : kMost), 256, 0, stream>>>(
-      {params, workspace, padded_dim});
+  attention_bwd_finish_kernel<T><<<static_cast<unsigned>(blocks < 1       ? 1
+                                                         : blocks < kMost ? blocks
+                                                                          : kMost),
+                                   256, 0, stream>>>({params, workspace, padded_dim});
   HSTU_TRY(cudaGetLastError());
   return {};
 }

@@ -1,7 +1,7 @@
 // Attention forward with the instructions of sm_80.
 //
-// A block of threads owns kRows queries of one head; each warp keeps its queries' output in registers. Tiles of keys and
-// values stream through two stages of shared memory:
+// A block of threads owns kRows queries of one head; each warp keeps its queries' output in registers. Tiles of keys
+// and values stream through two stages of shared memory:
 //
 //   wait for stage i, barrier | request stage i + 1 | S = Q K^T | P = silu(S) in registers | O += P V
 //
@@ -60,15 +60,18 @@ struct FwdTile {
 
   __device__ __forceinline__ void load_queries() const {
     const AttentionProblem& a = params.problem;
-    load_tile<C::kRows, C::kThreads>(shared.q, GlobalRows<T>(a.q, job.sequence.begin_q, job.item.head, a.dim_qk), first(), job.sequence.num_q);
+    load_tile<C::kRows, C::kThreads>(shared.q, GlobalRows<T>(a.q, job.sequence.begin_q, job.item.head, a.dim_qk),
+                                     first(), job.sequence.num_q);
   }
 
   __device__ __forceinline__ void load_keys(int tile, int stage) const {
     const AttentionProblem& a = params.problem;
-    load_tile<C::kCols, C::kThreads>(shared.k.stage(stage, C::kCols), GlobalRows<T>(a.k, job.sequence.begin_kv, job.item.head, a.dim_qk),
+    load_tile<C::kCols, C::kThreads>(shared.k.stage(stage, C::kCols),
+                                     GlobalRows<T>(a.k, job.sequence.begin_kv, job.item.head, a.dim_qk),
                                      tile * C::kCols, job.sequence.mask.len);
-    load_tile<C::kCols, C::kThreads>(shared.v.stage(stage, C::kCols), GlobalRows<T>(a.v, job.sequence.begin_kv, job.item.head, a.dim_v),
-                                     tile * C::kCols, job.sequence.mask.len);
+    load_tile<C::kCols, C::kThreads>(shared.v.stage(stage, C::kCols),
+                                     GlobalRows<T>(a.v, job.sequence.begin_kv, job.item.head, a.dim_v), tile * C::kCols,
+                                     job.sequence.mask.len);
   }
 
   __device__ Classes classify(int tile) const {
@@ -92,7 +95,8 @@ struct FwdTile {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int coming = C::kAhead ? i + 1 : i;
-      if (coming < kSteps) multiply_rows<T, C::kDim>(s[C::kAhead ? coming % 2 : 0], shared.q, warp_row(), k, coming * C::kStep);
+      if (coming < kSteps)
+        multiply_rows<T, C::kDim>(s[C::kAhead ? coming % 2 : 0], shared.q, warp_row(), k, coming * C::kStep);
       Scores& now = s[C::kAhead ? i % 2 : 0];
       const int col = state.tile() * C::kCols + i * C::kStep;
       const typename Bias::template Tile<false, C::kM, C::kStep / 8> offsets(bias, {row, col});
@@ -116,7 +120,8 @@ struct FwdTile {
     for (int stage = 0; current.exists(); stage ^= 1) {
       const TileState next = walk.next();
       ptx::cp_async_wait<0>();
-      __syncthreads();  // this stage has arrived; the other one, and before the first tile the bias table, are free to use
+      __syncthreads();  // this stage has arrived; the other one, and before the first tile the bias table, are free to
+                        // use
       if (next.exists()) load_keys(next.tile(), stage ^ 1);
       ptx::cp_async_commit();
       if (current.mine()) compute(bias, current, stage);
@@ -142,14 +147,15 @@ struct FwdTile {
 };
 
 template <class C, class Bias>
-__global__ void __launch_bounds__(C::kThreads, Bias::kSharedBytes == 0 ? C::kBlocks : C::kBiasBlocks) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
+__global__ void __launch_bounds__(C::kThreads, Bias::kSharedBytes == 0 ? C::kBlocks : C::kBiasBlocks)
+    attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Job job;
   const FwdStorage<C> shared(memory);
   const AttentionProblem& problem = arguments.params.problem;
   for (int64_t i = blockIdx.x;;) {
-    WorkItem item;
-    if (!find_work<C::kRows, false>(arguments.schedule, i, item)) break;
+    const WorkItem item = find_work<C::kRows, false>(arguments.schedule, i);
+    if (item.block < 0) break;
     if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), i, false};
     __syncthreads();
     const Bias& bias = make_bias<Bias>(problem, job, shared.bias);

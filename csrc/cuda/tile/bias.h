@@ -130,13 +130,15 @@ struct RelativeBias {
     }
     // slots: scratch of this warp in shared memory; diagonal: finish_tile sums the position term.
     template <class T, class Slots>
-    __device__ __forceinline__ void add_grad(const Accumulator<kM, kN>& ds, const BiasGradients& to, GradState& state, const Slots& slots,
-                                             bool diagonal) const {
+    __device__ __forceinline__ void add_grad(const Accumulator<kM, kN>& ds, const BiasGradients& to, GradState& state,
+                                             const Slots& slots, bool diagonal) const {
       if (to.position.sums && !diagonal)
-        bias.position.template add_grad<kTransposed>(ds, bias.mask, origin, TableTarget{to.position, to.head, to.factor});
+        bias.position.template add_grad<kTransposed>(ds, bias.mask, origin,
+                                                     TableTarget{to.position, to.head, to.factor});
       // Working the times out again takes less than holding them over two products.
-      if (to.time.sums) Times(bias.time, origin.query, origin.key).template add_grad<T>(
-            bias.time, ds, TableTarget{to.time, to.head, to.factor}, state.run, slots);
+      if (to.time.sums)
+        Times(bias.time, origin.query, origin.key)
+            .template add_grad<T>(bias.time, ds, TableTarget{to.time, to.head, to.factor}, state.run, slots);
     }
   };
 

@@ -17,7 +17,8 @@ struct Fragment {
 #pragma unroll
       for (int k = 0; k < kN / 2; ++k)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[m][k][e] = pack(a.x[m][2 * k + e / 2][e % 2 * 2], a.x[m][2 * k + e / 2][e % 2 * 2 + 1], T{});
+        for (int e = 0; e < 4; ++e)
+          x[m][k][e] = pack(a.x[m][2 * k + e / 2][e % 2 * 2], a.x[m][2 * k + e / 2][e % 2 * 2 + 1], T{});
   }
 };
 
@@ -37,7 +38,8 @@ struct Fragment<float, kM, kN> {
 
 // Eight steps of K for fp32, summed up before they are added: a[m][h][k] is this lane's rows of the left operand.
 template <int kM, int kN, class TileB>
-__device__ __forceinline__ void add_short_sums(Accumulator<kM, kN>& acc, const float (&a)[kM][2][8], const TileB& b, int row_b, int col_b) {
+__device__ __forceinline__ void add_short_sums(Accumulator<kM, kN>& acc, const float (&a)[kM][2][8], const TileB& b,
+                                               int row_b, int col_b) {
   uint32_t start[8];  // of a lane's columns in each of the rows
 #pragma unroll
   for (int k = 0; k < 8; ++k) start[k] = b.at(row_b + k, (col_b + lane_col()) / 4) + lane_col() % 4 * 4;
@@ -46,7 +48,8 @@ __device__ __forceinline__ void add_short_sums(Accumulator<kM, kN>& acc, const f
     float2 sum[kM][2] = {};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const float2 fb = ptx::ld_shared_v2((start[k] ^ ((2 * n & TileB::kSwizzled) << 4)) + ((2 * n & ~TileB::kSwizzled) << 4));
+      const float2 fb =
+          ptx::ld_shared_v2((start[k] ^ ((2 * n & TileB::kSwizzled) << 4)) + ((2 * n & ~TileB::kSwizzled) << 4));
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll

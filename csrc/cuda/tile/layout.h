@@ -65,7 +65,8 @@ struct Accumulator {
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[m][n][e] = 0.f;
   }
-  // f(element, row, column) with row and column relative to the tile; row - lane / 4 and column - lane % 4 * 2 are constants.
+  // f(element, row, column) with row and column relative to the tile; row - lane / 4 and column - lane % 4 * 2 are
+  // constants.
   template <class F>
   __device__ __forceinline__ void each(F&& f) {
 #pragma unroll

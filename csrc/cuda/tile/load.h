@@ -22,7 +22,8 @@ struct GlobalRows {
         row_stride(view.row_stride),
         dim(dim) {
     constexpr int kPer = 16 / static_cast<int>(sizeof(T));
-    aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride % kPer == 0 && view.head_stride % kPer == 0;
+    aligned =
+        reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride % kPer == 0 && view.head_stride % kPer == 0;
   }
 };
 
@@ -40,7 +41,9 @@ __device__ __forceinline__ uint4 gather_chunk(const T* from, int count) {
   return u.chunk;
 }
 
-__device__ __forceinline__ bool exists(int row, int rows) { return static_cast<unsigned>(row) < static_cast<unsigned>(rows); }
+__device__ __forceinline__ bool exists(int row, int rows) {
+  return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
+}
 
 // Rows [first, first + kRows) of `from`, those outside [0, rows) zero. The caller commits and waits.
 template <int kRows, int kThreads, class T, class Tile>
@@ -77,8 +80,9 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const GlobalRows<T>&
   for (int at = thread; at < kTotal; at += kThreads) {
     const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
     const bool there = exists(first + row, rows);
-    ptx::st_shared(tile.at(row, chunk), gather_chunk(from.data + (there ? (first + row) * from.row_stride + chunk * kPer : 0),
-                                                     there ? from.dim - chunk * kPer : 0));
+    ptx::st_shared(tile.at(row, chunk),
+                   gather_chunk(from.data + (there ? (first + row) * from.row_stride + chunk * kPer : 0),
+                                there ? from.dim - chunk * kPer : 0));
   }
 }
 
@@ -98,7 +102,8 @@ __device__ __forceinline__ void scatter_chunk(T* to, uint4 chunk, int count) {
 // The reverse, by kThreads threads of which this one is `thread`: tile rows [tile_row, tile_row + kRows) to rows from
 // `first` on, stopping at `rows`.
 template <int kRows, int kThreads, class T, class Tile>
-__device__ __forceinline__ void store_tile(const Tile& tile, int tile_row, const GlobalRows<T>& to, int first, int rows, int thread) {
+__device__ __forceinline__ void store_tile(const Tile& tile, int tile_row, const GlobalRows<T>& to, int first, int rows,
+                                           int thread) {
   constexpr int kPer = Tile::kPerChunk;
 #pragma unroll 4
   for (int at = thread; at < kRows * Tile::kChunks; at += kThreads) {
@@ -117,7 +122,8 @@ __device__ __forceinline__ void store_tile(const Tile& tile, int tile_row, const
 
 // Accumulators, times factor(row), into rows from `row` and columns from `col` of a tile.
 template <class T, int kM, int kN, class Tile, class Factor>
-__device__ __forceinline__ void put_accumulator(const Tile& tile, int row, int col, const Accumulator<kM, kN>& acc, Factor&& factor) {
+__device__ __forceinline__ void put_accumulator(const Tile& tile, int row, int col, const Accumulator<kM, kN>& acc,
+                                                Factor&& factor) {
   const int lane_offset = lane_col() * static_cast<int>(sizeof(T)) % 16;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -138,9 +144,9 @@ __device__ __forceinline__ void put_accumulator(const Tile& tile, int row, int c
     }
 }
 
-// Adds one row of a 16-column pair of accumulator tiles, a and b, to 16 floats in global memory. A reduction instruction
-// costs by rows touched: where it takes 16 bytes a lane, the four lanes of a row exchange halves so that one instruction
-// covers 64 bytes of each row instead of 32.
+// Adds one row of a 16-column pair of accumulator tiles, a and b, to 16 floats in global memory. A reduction
+// instruction costs by rows touched: where it takes 16 bytes a lane, the four lanes of a row exchange halves so that
+// one instruction covers 64 bytes of each row instead of 32.
 __device__ __forceinline__ void add_row(float* row, float2 a, float2 b, bool exists) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const int t = lane_id() % 4;

@@ -1,5 +1,5 @@
-// The position term of the relative bias: one weight per distance of logical positions. Over most tiles it is constant along
-// diagonals, which one load, or one sum of gradients, serves.
+// The position term of the relative bias: one weight per distance of logical positions. Over most tiles it is constant
+// along diagonals, which one load, or one sum of gradients, serves.
 #pragma once
 
 #include "core/bias.h"
@@ -22,21 +22,23 @@ struct PositionTerm {
   int positions;
 
   __device__ PositionTerm(const RelativeBiasParams& p, int head)
-      : weight(p.position_weight ? static_cast<const float*>(p.position_weight) + head * p.position_head_stride : nullptr),
+      : weight(p.position_weight ? static_cast<const float*>(p.position_weight) + head * p.position_head_stride
+                                 : nullptr),
         positions(p.positions) {}
 
-  // Do all elements of the tile read entries that run along its diagonals, with nothing to clamp? Rows past the end may do as
-  // they please.
+  // Do all elements of the tile read entries that run along its diagonals, with nothing to clamp? Rows past the end may
+  // do as they please.
   __device__ __forceinline__ bool diagonal(const Mask& mask, TileOrigin o, int queries, int keys) const {
-    const int lowest = o.key - (o.query + queries - 1) + positions - 1, highest = o.key + keys - 1 - o.query + positions - 1;
+    const int lowest = o.key - (o.query + queries - 1) + positions - 1,
+              highest = o.key + keys - 1 - o.query + positions - 1;
     const bool linear = mask.history == mask.len || max_int(o.query + queries, o.key + keys) <= mask.history + 1;
     return linear && min_int(o.query, o.key) >= mask.shift() && lowest >= 0 && highest <= 2 * positions - 2;
   }
 
   // s = alpha s + argument (weight + constant)
   template <bool kTransposed, int kM, int kN>
-  __device__ __forceinline__ void add(Accumulator<kM, kN>& s, const Mask& mask, TileOrigin o, float alpha, float argument,
-                                      float constant) const {
+  __device__ __forceinline__ void add(Accumulator<kM, kN>& s, const Mask& mask, TileOrigin o, float alpha,
+                                      float argument, float constant) const {
     constexpr int kRows = kM * 16, kCols = kN * 8;
     if (!weight) {
       const float b = argument * constant;
@@ -62,7 +64,8 @@ struct PositionTerm {
     } else {
       s.each([&](float& x, int row, int col) {
         const int i = row + lane_row(), j = col + lane_col();
-        const int at = position_index(mask.position(o.query + (kTransposed ? j : i)), mask.position(o.key + (kTransposed ? i : j)), positions);
+        const int at = position_index(mask.position(o.query + (kTransposed ? j : i)),
+                                      mask.position(o.key + (kTransposed ? i : j)), positions);
         x = fmaf(x, alpha, argument * (__ldg(weight + at) + constant));
       });
     }
@@ -90,14 +93,15 @@ struct PositionTerm {
 #pragma unroll 1
       for (int at = 0; at < kM * kN * 4; ++at) {
         const int i = element_row<kN>(at), j = element_col<kN>(at);
-        const int query = mask.position(o.query + (kTransposed ? j : i)), key = mask.position(o.key + (kTransposed ? i : j));
+        const int query = mask.position(o.query + (kTransposed ? j : i)),
+                  key = mask.position(o.key + (kTransposed ? i : j));
         to.add(position_index(query, key, positions), ds.pick(at));
       }
     }
   }
 
-  // Sums of a whole tile of dS' in shared memory, where it is diagonal: 8 x 8 blocks on a diagonal of blocks are summed by
-  // products with two unit matrices side by side, then the 15 diagonals of the sum across lanes.
+  // Sums of a whole tile of dS' in shared memory, where it is diagonal: 8 x 8 blocks on a diagonal of blocks are summed
+  // by products with two unit matrices side by side, then the 15 diagonals of the sum across lanes.
   template <class T, int kKeys, int kQueries, int kWarps, class Tile>
   __device__ __forceinline__ void add_tile_grad(const Tile& ds, TileOrigin o, const TableTarget& to) const {
     const int lane = lane_id(), row = lane / 4;

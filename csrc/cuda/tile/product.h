@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cuda/ptx/ldmatrix.h"
-#include "cuda/ptx/mma.h"
 #include "cuda/ptx/memory.h"
+#include "cuda/ptx/mma.h"
 #include "cuda/tile/fragment.h"
 #include "cuda/tile/layout.h"
 
@@ -12,7 +12,8 @@ namespace hstu_ops::cuda {
 
 // One step of 16 along K with the right operand's 16 columns in fb.
 template <class T, bool kFirst, int kM, int kN>
-__device__ __forceinline__ void mma_step(Accumulator<kM, kN>& acc, int m, int n, const uint32_t (&fa)[4], const uint32_t (&fb)[4]) {
+__device__ __forceinline__ void mma_step(Accumulator<kM, kN>& acc, int m, int n, const uint32_t (&fa)[4],
+                                         const uint32_t (&fb)[4]) {
   if constexpr (kFirst) {
     ptx::mma_m16n8k16_first(acc.x[m][n], fa, fb[0], fb[1], T{});
     ptx::mma_m16n8k16_first(acc.x[m][n + 1], fa, fb[2], fb[3], T{});
@@ -24,7 +25,8 @@ __device__ __forceinline__ void mma_step(Accumulator<kM, kN>& acc, int m, int n,
 
 // Rows of both operands run along K: acc[i][j] = sum_k a[row_a + i][k] b[row_b + j][k].
 template <class T, int kK, int kM, int kN, class TileA, class TileB>
-__device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b, int row_b) {
+__device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
+                                              int row_b) {
   if constexpr (kIs16Bit<T>) {
     const int lane = lane_id();
     const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
@@ -89,8 +91,8 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
 
 // The left operand in registers, K rows of the right one: acc[i][j] += sum_k a[i][k] b[row_b + k][col_b + j].
 template <class T, int kM, int kK, int kN, class TileB>
-__device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, const Fragment<T, kM, kK>& a, const TileB& b, int row_b,
-                                                  int col_b) {
+__device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, const Fragment<T, kM, kK>& a,
+                                                  const TileB& b, int row_b, int col_b) {
   const int lane = lane_id();
   if constexpr (kIs16Bit<T>) {
     const Cursor<TileB> cb(b, row_b + lane % 16, col_b / 8 + lane / 16);
@@ -120,7 +122,8 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
 
 // Rows of the left operand run along K, the right one has K rows: acc[i][j] += sum_k a[row_a + i][k] b[k][col_b + j].
 template <class T, int kK, int kM, int kN, class TileA, class TileB>
-__device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b, int col_b) {
+__device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
+                                               int col_b) {
   const int lane = lane_id();
   if constexpr (kIs16Bit<T>) {
     const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
@@ -157,7 +160,8 @@ __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const T
 
 // K rows of both operands: acc[i][j] = sum_k a[k][col_a + i] b[k][col_b + j].
 template <class T, int kK, int kM, int kN, class TileA, class TileB>
-__device__ __forceinline__ void multiply_columns(Accumulator<kM, kN>& acc, const TileA& a, int col_a, const TileB& b, int col_b) {
+__device__ __forceinline__ void multiply_columns(Accumulator<kM, kN>& acc, const TileA& a, int col_a, const TileB& b,
+                                                 int col_b) {
   const int lane = lane_id();
   if constexpr (kIs16Bit<T>) {
     const int row_a = lane / 16 * 8 + lane % 8;
@@ -166,7 +170,8 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kM, kN>& acc, const
     for (int k = 0; k < kK / 16; ++k) {
       uint32_t fa[kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4_trans(fa[m], a.at(k * 16 + row_a, col_a / 8 + m * 2 + lane / 8 % 2));
+      for (int m = 0; m < kM; ++m)
+        ptx::ldmatrix_x4_trans(fa[m], a.at(k * 16 + row_a, col_a / 8 + m * 2 + lane / 8 % 2));
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         uint32_t fb[4];

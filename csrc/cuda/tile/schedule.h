@@ -1,7 +1,7 @@
-// Who does what. Work items are (block of rows, head) of real sequences only: every warp finds its item from the offsets by
-// itself, without shared memory, host or a second kernel. Items are walked in groups of sequences whose keys fit the L2,
-// longest first inside a group. Any content of the offsets gives a complete walk: a block of threads takes items until
-// there are none.
+// Who does what. Work items are (block of rows, head) of real sequences only: every warp finds its item from the
+// offsets by itself, without shared memory, host or a second kernel. Items are walked in groups of sequences whose keys
+// fit the L2, longest first inside a group. Any content of the offsets gives a complete walk: a block of threads takes
+// items until there are none.
 #pragma once
 
 #include "core/jagged.h"
@@ -47,7 +47,8 @@ __device__ __forceinline__ void load_counts(const Schedule& s, int first, int (&
     count[k] = first + k < s.batch ? ceil_div(row_range(s.offsets, first + k, s.batch, s.total).size, kRows) : 0;
 }
 
-// Item `rank` of the sequences with count[] blocks, the highest blocks first: a lane's four sequences start at 4 * lane.
+// Item `rank` of the sequences with count[] blocks, the highest blocks first: a lane's four sequences start at 4 *
+// lane.
 __device__ __forceinline__ void pick_descending(const int (&count)[4], int rank, int& sequence, int& block) {
   const auto at_least = [&](int level) {
     int sum = 0;
@@ -72,10 +73,12 @@ __device__ __forceinline__ void pick_descending(const int (&count)[4], int rank,
   }
 }
 
-// Item `index`; false past the last one. kAscending: the lowest block of a sequence is its longest.
+// Item `index`; block -1 past the last one. kAscending: the lowest block of a sequence is its longest. Not inlined: it shares
+// no registers with the rest of a kernel.
 template <int kRows, bool kAscending>
-__device__ bool find_work(const Schedule& s, int64_t index, WorkItem& item) {
-  if (index > 0xffffffff) return false;  // only ill-formed offsets make so many items
+__device__ __noinline__ WorkItem find_work(const Schedule& s, int64_t index) {
+  WorkItem item = {0, 0, -1};
+  if (index > 0xffffffff) return item;  // only ill-formed offsets make so many items
   const unsigned heads = s.heads, tile = static_cast<unsigned>(index) / heads;
   item.head = static_cast<int>(static_cast<unsigned>(index) - tile * heads);
   int64_t before = 0;
@@ -111,9 +114,9 @@ __device__ bool find_work(const Schedule& s, int64_t index, WorkItem& item) {
     if (kAscending) rank = __reduce_add_sync(~0u, kept) - 1 - rank;
     pick_descending(count, rank, item.sequence, item.block);
     item.sequence += chunk;
-    return true;
+    return item;
   }
-  return false;
+  return item;
 }
 
 // ---- host ----
@@ -122,7 +125,8 @@ __device__ bool find_work(const Schedule& s, int64_t index, WorkItem& item) {
 inline int sequences_a_group(const AttentionProblem& a, int element_bytes) {
   constexpr double kBytes = 16e6;
   const JaggedParams& j = a.jagged;
-  const double bytes = static_cast<double>(j.total_kv) * a.heads * (a.dim_qk + a.dim_v) * element_bytes / max_int(j.batch, 1);
+  const double bytes =
+      static_cast<double>(j.total_kv) * a.heads * (a.dim_qk + a.dim_v) * element_bytes / max_int(j.batch, 1);
   int group = 1;
   while (group < kChunk && 2 * group * bytes <= kBytes) group *= 2;
   return group;

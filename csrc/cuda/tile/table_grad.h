@@ -1,7 +1,7 @@
 // Sums of bias gradients into small tables that all blocks of threads share.
 //
-// Normally one fp32 reduction in global memory per value, in whatever order. On request exact: a value is split into 32-bit
-// digits of a fixed-point number that spans all of fp32, and integer sums do not depend on their order.
+// Normally one fp32 reduction in global memory per value, in whatever order. On request exact: a value is split into
+// 32-bit digits of a fixed-point number that spans all of fp32, and integer sums do not depend on their order.
 #pragma once
 
 #include "cuda/ptx/memory.h"
@@ -10,12 +10,12 @@
 namespace hstu_ops::cuda {
 
 struct TableSums {
-  static constexpr int kDigits = 9;         // 32 bits each, in 64-bit words: room for 2^31 values
+  static constexpr int kDigits = 9;           // 32 bits each, in 64-bit words: room for 2^31 values
   static constexpr int kWords = kDigits + 1;  // and one word of flags: 1 +inf, 2 -inf, 4 NaN
 
-  float* sums = nullptr;                  // [entries]; null: not wanted
-  unsigned long long* words = nullptr;    // [kWords][entries]; null: sums are added to directly
-  int64_t entries = 0, head_stride = 0;   // head_stride 0: all heads share one table
+  float* sums = nullptr;                 // [entries]; null: not wanted
+  unsigned long long* words = nullptr;   // [kWords][entries]; null: sums are added to directly
+  int64_t entries = 0, head_stride = 0;  // head_stride 0: all heads share one table
 
   static __device__ __forceinline__ void add_exactly(unsigned long long* word, int64_t entries, float x) {
     const unsigned bits = __float_as_uint(x), exponent = bits >> 23 & 255, fraction = bits & 0x7fffff;
@@ -24,7 +24,8 @@ struct TableSums {
       return;
     }
     const unsigned position = exponent ? exponent - 1 : 0;
-    const unsigned long long value = static_cast<unsigned long long>(exponent ? fraction | 0x800000 : fraction) << position % 32;
+    const unsigned long long value = static_cast<unsigned long long>(exponent ? fraction | 0x800000 : fraction)
+                                     << position % 32;
     unsigned long long low = value & 0xffffffff, high = value >> 32;
     if (bits >> 31) low = -low, high = -high;
     word += position / 32 * entries;

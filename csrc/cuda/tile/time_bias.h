@@ -102,8 +102,8 @@ struct TileTimes {
 
   // Adds ds to a table; what a lane has not written yet stays in `run`.
   template <class T, int kM, int kN, class Slots>
-  __device__ __forceinline__ void add_grad(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to, TimeRun& run,
-                                           const Slots& slots) const {
+  __device__ __forceinline__ void add_grad(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to,
+                                           TimeRun& run, const Slots& slots) const {
     if (constant()) {
       run.turn(to, bucket);
       ds.each([&](float x, int, int) { run.sum += x; });
@@ -128,11 +128,11 @@ struct TileTimes {
  private:
   static constexpr int kSlots = 64;
 
-  // Sums per bucket as integers in shared memory, which adds those at full speed and in any order to the same result: values
-  // are scaled to 20 bits below the largest, and with two digits their remainders to 20 more.
+  // Sums per bucket as integers in shared memory, which adds those at full speed and in any order to the same result:
+  // values are scaled to 20 bits below the largest, and with two digits their remainders to 20 more.
   template <int kDigits, int kM, int kN, class Slots>
-  __device__ __forceinline__ void add_counting(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to, const Slots& slots,
-                                               unsigned top) const {
+  __device__ __forceinline__ void add_counting(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to,
+                                               const Slots& slots, unsigned top) const {
     static_assert(kRows * kCols <= 1024, "sums of that many 20-bit values fit");
     constexpr float kDigit = 1 << 20;
     const int exponent = max_int(static_cast<int>(top >> 23), 20);
@@ -155,7 +155,8 @@ struct TileTimes {
           const int slot = t.bucket_of(kTransposed ? at - rows[r] : rows[r] - at, known) - bucket;
           const int digit = __float2int_rn(x);
           ptx::red_shared_add(slots.at(slot), digit);
-          if (kDigits == 2) ptx::red_shared_add(slots.at(kSlots + slot), __float2int_rn((x - static_cast<float>(digit)) * kDigit));
+          if (kDigits == 2)
+            ptx::red_shared_add(slots.at(kSlots + slot), __float2int_rn((x - static_cast<float>(digit)) * kDigit));
         }
         __syncwarp();  // as in add
       }

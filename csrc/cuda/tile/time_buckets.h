@@ -1,8 +1,8 @@
 // The time term of the relative bias: weight[bucket(query time - key time)], exact for any timestamps and boundaries.
 //
 // A tile whose smallest and largest gap share a bucket needs one weight. Elsewhere gaps are formed in 32 bits against a
-// base time of the tile and looked up in a table of cells, [2^e (1 + f / 4), 2^e (1 + (f + 1) / 4)): a cell with at most
-// one boundary answers with one comparison. Gaps that do not fit take a binary search in 64 bits.
+// base time of the tile and looked up in a table of cells, [2^e (1 + f / 4), 2^e (1 + (f + 1) / 4)): a cell with at
+// most one boundary answers with one comparison. Gaps that do not fit take a binary search in 64 bits.
 #pragma once
 
 #include "core/bias.h"
@@ -27,7 +27,7 @@ struct TimeTerm {
   int count;
   const int64_t *query_times, *key_times;  // by row and column of the mask
   int first_query, last_query, last_key;   // beyond these there are no times
-  uint32_t cells;  // address in shared memory
+  uint32_t cells;                          // address in shared memory
 
   __device__ TimeTerm(const RelativeBiasParams& p, const Sequence& s, int head, void* shared)
       : weight(p.time_weight ? static_cast<const float*>(p.time_weight) + head * p.time_head_stride : nullptr),
@@ -58,9 +58,11 @@ struct TimeTerm {
     return cell == 0 ? INT32_MIN : static_cast<int64_t>(ceilf(__int_as_float((cell + 507) << 21)));
   }
   __device__ TimeCell make_cell(int c) const {
-    const int lo = time_bucket(first_gap(c), boundaries, count), hi = time_bucket(first_gap(c + 1) - 1, boundaries, count);
+    const int lo = time_bucket(first_gap(c), boundaries, count),
+              hi = time_bucket(first_gap(c + 1) - 1, boundaries, count);
     if (hi - lo > 1) return {hi, ~lo, 0.f, 0.f};
-    return {hi > lo ? static_cast<int>(min(boundaries[lo], static_cast<int64_t>(INT32_MAX))) : INT32_MAX, lo, weight[lo], weight[max_int(hi, lo)]};
+    return {hi > lo ? static_cast<int>(min(boundaries[lo], static_cast<int64_t>(INT32_MAX))) : INT32_MAX, lo,
+            weight[lo], weight[max_int(hi, lo)]};
   }
 
   // How many of the boundaries are <= gap, known to lie in [lo, hi].
@@ -83,8 +85,9 @@ struct TimeTerm {
     return c.bucket + (gap >= c.threshold);
   }
   __device__ __forceinline__ float weight_of(int gap) const {
-    const TimeCell c = cell(cell_of(gap));
-    return gap >= c.threshold ? c.above : c.below;
+    // The threshold first and one of the weights then: whole cells in flight would take four registers each.
+    const uint32_t c = cells + cell_of(gap) * static_cast<int>(sizeof(TimeCell));
+    return ptx::ld_shared(c + (gap >= ptx::ld_shared_int(c) ? 12 : 8));
   }
   // Do all gaps in [lo, hi] lie in cells that answer with one comparison?
   __device__ __forceinline__ bool simple(int lo, int hi) const {

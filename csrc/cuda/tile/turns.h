@@ -1,5 +1,6 @@
-// Order among blocks of threads for a bitwise reproducible dQ: blocks of keys add to a block of queries one after another,
-// lowest keys first. Work items are taken by ticket in that order, so whoever is waited for has started already.
+// Order among blocks of threads for a bitwise reproducible dQ: blocks of keys add to a block of queries one after
+// another, lowest keys first. Work items are taken by ticket in that order, so whoever is waited for has started
+// already.
 #pragma once
 
 #include "cuda/ptx/memory.h"
@@ -18,7 +19,8 @@ __device__ __forceinline__ int64_t take_ticket(unsigned* counter, int64_t otherw
   return at;
 }
 
-// Do the rows of sequences follow one another, so that every block of queries has a counter of its own? Called by all threads.
+// Do the rows of sequences follow one another, so that every block of queries has a counter of its own? Called by all
+// threads.
 __device__ __forceinline__ bool in_order(const IntArray& offsets, int batch, int64_t total) {
   bool yes = true;
   for (int b = threadIdx.x; b < batch; b += blockDim.x)
@@ -28,7 +30,8 @@ __device__ __forceinline__ bool in_order(const IntArray& offsets, int batch, int
 
 class Turn {
  public:
-  __device__ __forceinline__ Turn(unsigned* counters, const Job& job, int query_block, int queries, int keys, const AttentionProblem& a)
+  __device__ __forceinline__ Turn(unsigned* counters, const Job& job, int query_block, int queries, int keys,
+                                  const AttentionProblem& a)
       : counter_(nullptr) {
     if (!job.ordered) return;
     const Mask& mask = job.sequence.mask;

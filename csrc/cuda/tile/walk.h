@@ -21,8 +21,8 @@ class TileState {
   int code_;
 };
 
-// The tiles out of [0, count) that a block visits, in order. classify(tile) says {visited by the block, kept by this warp,
-// covered for this warp}; 32 tiles are classified at once, one a lane. The first answer is the same in all warps.
+// The tiles out of [0, count) that a block visits, in order. classify(tile) says {visited by the block, kept by this
+// warp, covered for this warp}; 32 tiles are classified at once, one a lane. The first answer is the same in all warps.
 struct Classes {
   bool visited, mine, covered;
 };

@@ -1,5 +1,5 @@
-// The backward's scratch memory, all of it zero when the kernels start: fp32 sums of dQ, who has added to them, exact sums
-// of table gradients. O(total queries) and O(tables).
+// The backward's scratch memory, all of it zero when the kernels start: fp32 sums of dQ, who has added to them, exact
+// sums of table gradients. O(total queries) and O(tables).
 #pragma once
 
 #include <cstddef>
@@ -10,9 +10,9 @@
 namespace hstu_ops::cuda {
 
 struct BwdWorkspace {
-  float* grad_q = nullptr;       // [total_q, heads, padded dim_qk]
-  unsigned* turns = nullptr;     // [query blocks, heads]: blocks of keys that have added; null: any order will do
-  unsigned* ticket = nullptr;    // next work item; null: block index
+  float* grad_q = nullptr;     // [total_q, heads, padded dim_qk]
+  unsigned* turns = nullptr;   // [query blocks, heads]: blocks of keys that have added; null: any order will do
+  unsigned* ticket = nullptr;  // next work item; null: block index
   TableSums position, time;
   size_t bytes = 0;
 
@@ -39,7 +39,8 @@ struct BwdWorkspace {
       t.head_stride = stride ? entries : 0;
       t.entries = stride ? static_cast<int64_t>(entries) * a.heads : entries;
       if (p.deterministic || a.dtype == DType::kFloat32)  // fp32 sums of thousands of fp32 values would be too coarse
-        t.words = static_cast<unsigned long long*>(take(static_cast<size_t>(t.entries) * TableSums::kWords * sizeof(unsigned long long)));
+        t.words = static_cast<unsigned long long*>(
+            take(static_cast<size_t>(t.entries) * TableSums::kWords * sizeof(unsigned long long)));
       return t;
     };
     w.position = table(p.grad_position_weight, 2 * a.relative.positions - 1, a.relative.position_head_stride);
