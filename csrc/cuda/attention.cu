@@ -57,6 +57,20 @@ Status dispatch(const AttentionProblem& a, F&& f) {
 
 bool empty(const AttentionProblem& a) { return a.heads == 0 || a.jagged.batch == 0; }
 
+// A device without code in this build: say which, and what there is.
+Status explained(Status status) {
+  if (status.message.find("cudaErrorNoKernelImageForDevice") == std::string::npos &&
+      status.message.find("cudaErrorInvalidDeviceFunction") == std::string::npos)
+    return status;
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
+    status.message += "; the device has compute capability " + std::to_string(major) + "." + std::to_string(minor);
+  status.message += std::string("; this build holds code for ") + archs();
+  return status;
+}
+
 // The smallest block of queries of any backward kernel.
 constexpr int kFewestQueries = 16;
 
@@ -70,17 +84,17 @@ size_t attention_bwd_workspace(const AttentionBwdParams& params) {
 
 Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {
   if (empty(params.problem)) return {};
-  return dispatch(params.problem, [&](auto element, auto dim) {
+  return explained(dispatch(params.problem, [&](auto element, auto dim) {
     return sm80::attention_fwd<decltype(element), decltype(dim)::value>(params, static_cast<cudaStream_t>(stream));
-  });
+  }));
 }
 
 Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* stream) {
   if (empty(params.problem)) return {};
-  return dispatch(params.problem, [&](auto element, auto dim) {
+  return explained(dispatch(params.problem, [&](auto element, auto dim) {
     return sm80::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace,
                                                                         static_cast<cudaStream_t>(stream));
-  });
+  }));
 }
 
 const char* archs() { return HSTU_CUDA_ARCHS; }
