@@ -73,8 +73,8 @@ __device__ __forceinline__ void pick_descending(const int (&count)[4], int rank,
   }
 }
 
-// Item `index`; block -1 past the last one. kAscending: the lowest block of a sequence is its longest. Not inlined: it shares
-// no registers with the rest of a kernel.
+// Item `index`; block -1 past the last one. kAscending: the lowest block of a sequence is its longest. Not inlined: it
+// shares no registers with the rest of a kernel.
 template <int kRows, bool kAscending>
 __device__ __noinline__ WorkItem find_work(const Schedule& s, int64_t index) {
   WorkItem item = {0, 0, -1};
