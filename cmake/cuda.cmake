@@ -43,6 +43,10 @@ target_compile_options(
 if(HSTU_WERROR)
   target_compile_options(hstu_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
 endif()
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+  # A quarter of the size of the default.
+  target_compile_options(hstu_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
+endif()
 
 function(hstu_cuda_objects name archs)
   if(NOT ARGN)

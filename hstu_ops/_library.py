@@ -155,6 +155,12 @@ _lib.impl("attention_fwd", _attention_fwd, "Autograd")
 _lib.impl("attention_bwd", _attention_bwd, "Autograd")
 
 
+@torch.compiler.assume_constant_result
+def allow_tf32() -> bool:
+    """Whether torch allows TF32 in products of float32 on CUDA; compiled code keeps what held when it was compiled."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 # ---- autocast --------------------------------------------------------------------------------------------
 
 

@@ -82,7 +82,11 @@ def hstu_attention(
     Numerics: float16 and bfloat16 are multiplied and summed in float32; a backend may round `silu(s)` and its gradient
     to the type of v before their products (CUDA does, CPU does not). Autocast casts q, k and v, not the tables. Rows
     that keep nothing are 0. The forward pass is bitwise reproducible, the backward pass under
-    `torch.use_deterministic_algorithms(True)`. Memory grows with the number of rows, never with its square.
+    `torch.use_deterministic_algorithms(True)`.
+
+    Memory grows with the number of rows, never with its square. Scratch of the backward: on CUDA 4 bytes an element of q,
+    head dimensions rounded up to 32, 64, 128 or 256; on CPU float32 copies of q, its gradient and the output's for one
+    head of the longest sequence, a thread, and up to 8 of q's gradient in all where there are few sequences.
 
     Errors: TypeError or ValueError naming the argument, what was expected and what came. With `HSTU_OPS_CHECK=1` in the
     environment at import, the content of offsets and lengths is checked on every device (which waits for the device).
@@ -150,7 +154,7 @@ def hstu_attention(
         *(causal, num_targets, target_group_size, contextual_seq_len, contextual_seq_lens),
         *(max_attn_len, min_full_attn_seq_len, global_prefix_len, dense),
         *relative,
-        q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        q.is_cuda and _library.allow_tf32(),
     )
 
 
@@ -240,6 +244,9 @@ def _check_dense(bias: Tensor, batch: int, q: Tensor, max_seq_len: int) -> Tenso
         _fail("bias", f"N >= max_seq_len = {max_seq_len}", bias)
     if bias.device != q.device:
         _fail("bias", f"a tensor on {q.device}, the device of q", bias)
+    for dim in (0, 1):  # expanded: one slice, whose gradient is the sum over the others
+        if bias.stride(dim) == 0 and bias.shape[dim] > 1:
+            bias = bias.narrow(dim, 0, 1)
     return bias if bias.stride(3) == 1 else bias.contiguous()
 
 
@@ -249,7 +256,7 @@ def _relative_arguments(bias: RelativeBias, q: Tensor, total_q: int, total_kv: i
         _check_table("bias.position_weight", position_weight, q)
         if position_weight.shape[-1] % 2 != 1:
             _fail("bias.position_weight", "an odd number of entries, 2P - 1", position_weight)
-        position_weight = position_weight.to(accumulate)
+        position_weight = _unexpanded(position_weight).to(accumulate)
     if time_weight is None:
         return position_weight, None, None, None, None
 
@@ -265,7 +272,7 @@ def _relative_arguments(bias: RelativeBias, q: Tensor, total_q: int, total_kv: i
     _check_times("bias.timestamps", timestamps, total_kv, q.device)
     if query_timestamps is not None:
         _check_times("bias.query_timestamps", query_timestamps, total_q, q.device)
-    return position_weight, time_weight.to(accumulate), boundaries, timestamps, query_timestamps
+    return position_weight, _unexpanded(time_weight).to(accumulate), boundaries, timestamps, query_timestamps
 
 
 def _check_table(name: str, table: Tensor, q: Tensor) -> None:
@@ -278,6 +285,11 @@ def _check_table(name: str, table: Tensor, q: Tensor) -> None:
         _fail(name, f"a tensor on {q.device}, the device of q", table)
     if table.stride(-1) != 1 and table.shape[-1] != 1:
         _fail(name, "a contiguous last dimension", f"strides {table.stride()}")
+
+
+def _unexpanded(table: Tensor) -> Tensor:
+    """One row for all heads where the rows are the same memory: its gradient is then their sum."""
+    return table[0] if table.dim() == 2 and table.stride(0) == 0 else table
 
 
 def _check_times(name: str, x: Tensor, size: int, device: torch.device) -> None:

@@ -162,3 +162,20 @@ def test_extreme_times(device):
     x = torch.ones(5, 1, 4, device=device)
     offsets = torch.tensor([0, 5], device=device)
     assert torch.equal(hstu_attention(x, x, x, offsets, 5, bias=bias), hstu_attention(x, x, x, offsets, 5))
+
+
+@pytest.mark.parametrize("name", ["position_weight", "time_weight", "bias"])
+def test_expanded_entries_share_a_gradient(name, device64):
+    """The same memory for all heads and sequences: its gradient is the sum of theirs."""
+    case = Case("expanded", (5, 9), heads=3, bias="dense" if name == "bias" else "position+time")
+    inputs = make(case, torch.float64, device64)
+    size = inputs.leaves[name].shape[-2:] if name == "bias" else inputs.leaves[name].shape[-1:]
+    shape = (2, 3, *size) if name == "bias" else (3, *size)
+    shared = torch.randn(size, dtype=torch.float64, device=device64)
+
+    def grad(attention):
+        leaf = shared.clone().requires_grad_()
+        with_expanded = inputs.with_leaves({**inputs.leaves, name: leaf.expand(shape)})
+        return torch.autograd.grad(with_expanded.call(attention).square().sum(), leaf)[0]
+
+    torch.testing.assert_close(grad(hstu_attention), grad(reference.hstu_attention), rtol=1e-12, atol=1e-12)

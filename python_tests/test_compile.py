@@ -7,7 +7,7 @@ import torch
 from cases import Case, make
 from torch import nn
 
-from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, hstu_attention
+from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, _library, hstu_attention
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 ops = torch.ops.hstu_ops
@@ -201,3 +201,10 @@ def test_meta_device():
     q = torch.empty(18, 2, 32, device="meta", dtype=torch.bfloat16)
     out = hstu_attention(q, q, q[:, :, :7], torch.empty(4, device="meta", dtype=torch.int64), 20)
     assert out.shape == (18, 2, 7) and out.dtype == torch.bfloat16 and out.is_meta
+
+
+def test_tf32_switch_is_a_constant_of_compiled_code():
+    def read(x):
+        return x + 1 if _library.allow_tf32() else x - 1
+
+    assert torch.compile(read, fullgraph=True, backend="aot_eager")(torch.zeros(1)).item() == -1

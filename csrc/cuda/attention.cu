@@ -3,10 +3,13 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <string>
 #include <utility>
 
 #include "core/launch.h"
+#include "cuda/errors.h"
+#include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda {
@@ -17,6 +20,13 @@ Status attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
 template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t stream);
 }  // namespace sm80
+
+#ifdef HSTU_WITH_SM90
+namespace sm90 {
+template <class T, int kDim>
+Status attention_fwd(const AttentionFwdParams& params, int processors, cudaStream_t stream);
+}  // namespace sm90
+#endif
 
 namespace {
 
@@ -71,8 +81,76 @@ Status explained(Status status) {
   return status;
 }
 
+// Nothing to sum: gradients of the bias are zeros.
+Status clear_bias_grads(const AttentionBwdParams& params, cudaStream_t stream) {
+  const AttentionProblem& a = params.problem;
+  const auto heads = [&](int64_t head_stride) {
+    return static_cast<size_t>(head_stride ? a.heads : 1) * sizeof(float);
+  };
+  if (params.grad_position_weight)
+    HSTU_TRY(cudaMemsetAsync(params.grad_position_weight, 0,
+                             heads(a.relative.position_head_stride) * (2 * a.relative.positions - 1), stream));
+  if (params.grad_time_weight)
+    HSTU_TRY(cudaMemsetAsync(params.grad_time_weight, 0,
+                             heads(a.relative.time_head_stride) * (a.relative.num_boundaries + 1), stream));
+  if (params.grad_bias)
+    HSTU_TRY(cudaMemsetAsync(
+        params.grad_bias, 0,
+        heads(a.dense.head_stride) * (a.dense.batch_stride ? a.jagged.batch : 1) * a.dense.size * a.dense.size,
+        stream));
+  return {};
+}
+
 // The smallest block of queries of any backward kernel.
 constexpr int kFewestQueries = 16;
+
+// HSTU_OPS_BACKEND asks for one family of kernels; without it a problem goes to the fastest that takes it.
+enum class Backend { kFastest, kSm80, kSm90 };
+
+Status read_backend(Backend& backend) {
+  const char* name = std::getenv("HSTU_OPS_BACKEND");
+  const std::string value = name ? name : "";
+  if (value.empty() || value == "sm80" || value == "sm90") {
+    backend = value.empty() ? Backend::kFastest : value == "sm80" ? Backend::kSm80 : Backend::kSm90;
+    return {};
+  }
+  return {"HSTU_OPS_BACKEND: expected sm80 or sm90, got " + value};
+}
+
+// Why the Hopper forward does not take a problem; empty if it does, with the device's number of processors.
+std::string sm90_refusal(const AttentionFwdParams& params, int& processors) {
+#ifdef HSTU_WITH_SM90
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return "the device does not answer";
+  const AttentionProblem& a = params.problem;
+  if (major != 9 || minor != 0) return "it needs a device of compute capability 9.0";
+  if (a.dtype != DType::kFloat16 && a.dtype != DType::kBFloat16) return "it takes float16 and bfloat16";
+  if (a.dense.data || a.relative.position_weight || a.relative.time_weight) return "it takes no bias";
+  const bool maps = sm90::has_tensor_map(a.q, a.dim_qk, a.jagged.total_q) &&
+                    sm90::has_tensor_map(a.k, a.dim_qk, a.jagged.total_kv) &&
+                    sm90::has_tensor_map(a.v, a.dim_v, a.jagged.total_kv);
+  return maps ? "" : "it takes q, k and v whose rows start on 16 bytes, up to 256 dimensions, at least one row";
+#else
+  (void)params, (void)processors;
+  return "this build does not have it";
+#endif
+}
+
+#ifdef HSTU_WITH_SM90
+Status launch_sm90(const AttentionFwdParams& params, int processors, cudaStream_t stream) {
+  const AttentionProblem& a = params.problem;
+  const int dim = a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v;
+  return dispatch("head dimension", dim, std::integer_sequence<int, 64, 128, 256>{}, [&](auto d) {
+    constexpr int kDim = decltype(d)::value;
+    return a.dtype == DType::kFloat16 ? sm90::attention_fwd<__half, kDim>(params, processors, stream)
+                                      : sm90::attention_fwd<__nv_bfloat16, kDim>(params, processors, stream);
+  });
+}
+#endif
 
 }  // namespace
 
@@ -83,14 +161,26 @@ size_t attention_bwd_workspace(const AttentionBwdParams& params) {
 }
 
 Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {
+  Backend backend;
+  if (Status status = read_backend(backend); !status.ok()) return status;
   if (empty(params.problem)) return {};
+  int processors = 0;
+  const std::string refusal = backend == Backend::kSm80 ? "" : sm90_refusal(params, processors);
+  if (backend == Backend::kSm90 && !refusal.empty()) return {"HSTU_OPS_BACKEND=sm90: " + refusal};
+#ifdef HSTU_WITH_SM90
+  if (backend != Backend::kSm80 && refusal.empty())
+    return launch_sm90(params, processors, static_cast<cudaStream_t>(stream));
+#endif
   return explained(dispatch(params.problem, [&](auto element, auto dim) {
     return sm80::attention_fwd<decltype(element), decltype(dim)::value>(params, static_cast<cudaStream_t>(stream));
   }));
 }
 
 Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* stream) {
-  if (empty(params.problem)) return {};
+  Backend backend;
+  if (Status status = read_backend(backend); !status.ok()) return status;
+  if (backend == Backend::kSm90) return {"HSTU_OPS_BACKEND=sm90: it has no backward"};
+  if (empty(params.problem)) return clear_bias_grads(params, static_cast<cudaStream_t>(stream));
   return explained(dispatch(params.problem, [&](auto element, auto dim) {
     return sm80::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace,
                                                                         static_cast<cudaStream_t>(stream));

@@ -175,6 +175,7 @@ Table table(const std::optional<Tensor>& tensor, const char* argument, const Att
   expect(dim == 1 || (dim == 2 && tensor->size(0) == a.heads()), argument,
          "shape [n] or [H, n] with H = " + std::to_string(a.heads()), shape_text(tensor->shape()));
   expect_rows(*tensor, argument);
+  expect_unexpanded(*tensor, argument, dim - 1);
   return {tensor->data(), dim == 2 ? tensor->stride(0) : 0, tensor->size(dim - 1)};
 }
 
@@ -222,6 +223,7 @@ DenseBiasParams dense_bias(const AttentionArguments& a) {
              " and N at least max_seq_len = " + std::to_string(a.max_seq_len),
          shape_text(shape));
   expect_rows(bias, "bias");
+  expect_unexpanded(bias, "bias", 2);
   DenseBiasParams p;
   p.data = bias.data();
   p.batch_stride = shape[0] == 1 ? 0 : bias.stride(0);

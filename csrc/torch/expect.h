@@ -73,4 +73,12 @@ inline void expect_rows(const Tensor& tensor, const char* argument) {
   }
 }
 
+// None of the first `dims` dimensions repeats the same memory: a kernel would take it for shared and write one
+// gradient.
+inline void expect_unexpanded(const Tensor& tensor, const char* argument, int64_t dims) {
+  for (int64_t i = 0; i < dims; ++i)
+    expect(tensor.size(i) <= 1 || tensor.stride(i) > 0, argument, "size 1 where entries are shared",
+           "an expanded dimension " + std::to_string(i));
+}
+
 }  // namespace hstu_ops

@@ -1,6 +1,6 @@
 // Asynchronous matrix products of a warpgroup: D[64][N] (+)= A[64][16] B[16][N], D in registers.
 //
-// Operands in shared memory are 128-byte-swizzled panels of 64 elements a row (see descriptor()). The accumulator's
+// Operands in shared memory are 128-byte-swizzled panels of 64 elements a row (see Descriptor). The accumulator's
 // element 4 j + e of a lane is row lane / 4 + 8 (e / 2) of its warp's 16 rows, column 8 j + lane % 4 * 2 + e % 2: the
 // layout of tile/layout.h's Accumulator.
 #pragma once
@@ -19,13 +19,24 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// A panel's place: 16-byte units, eight-row groups 1024 bytes apart. Panels start on 1024 bytes.
+// Where an operand starts. 16-byte units, eight-row groups 1024 bytes apart; panels start on 1024 bytes.
 // Rows along M or N, columns along K: the next 16 of K are 32 bytes on; `panel_bytes` is unused.
 // Rows along K, columns along M or N: the next 16 of K are 2048 bytes on, the next 64 columns `panel_bytes`.
-__device__ __forceinline__ uint64_t descriptor(uint32_t shared, uint32_t panel_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kGroup = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kGroup | (uint64_t{panel_bytes >> 4} << 16) | ((shared & 0x3ffff) >> 4);
-}
+class Descriptor {
+ public:
+  // The address is the same in all threads; the shuffle tells the compiler so, which then keeps descriptors out of the
+  // registers that accumulators need.
+  __device__ explicit Descriptor(uint32_t shared, uint32_t panel_bytes = 16)
+      : low_(__shfl_sync(~0u, (shared & 0x3ffff) >> 4 | panel_bytes >> 4 << 16, 0)) {}
+
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    constexpr uint32_t kSwizzle128 = 1u << 30, kGroup = 1024 >> 4;
+    return static_cast<uint64_t>(kSwizzle128 | kGroup) << 32 | (low_ + (bytes >> 4));
+  }
+
+ private:
+  uint32_t low_;
+};
 
 template <int kColumns, class T>
 struct Wgmma;
@@ -33,12 +44,19 @@ struct Wgmma;
 #define HSTU_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HSTU_ACC16(i) HSTU_ACC4(i), HSTU_ACC4(i + 4), HSTU_ACC4(i + 8), HSTU_ACC4(i + 12)
 #define HSTU_ACC32 HSTU_ACC16(0), HSTU_ACC16(16)
-#define HSTU_ACC64 HSTU_ACC32, HSTU_ACC16(32), HSTU_ACC16(48)
+#define HSTU_ACC48 HSTU_ACC32, HSTU_ACC16(32)
+#define HSTU_ACC56 HSTU_ACC48, HSTU_ACC4(48), HSTU_ACC4(52)
+#define HSTU_ACC64 HSTU_ACC48, HSTU_ACC16(48)
 #define HSTU_ACC128 HSTU_ACC64, HSTU_ACC16(64), HSTU_ACC16(80), HSTU_ACC16(96), HSTU_ACC16(112)
 
 #define HSTU_REGS32                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define HSTU_REGS48                                                                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define HSTU_REGS56 HSTU_REGS48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define HSTU_REGS64                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -76,6 +94,8 @@ struct Wgmma;
 
 HSTU_WGMMA(64, 32, __half, "f16", 32, 33, 34, 35, 36)
 HSTU_WGMMA(64, 32, __nv_bfloat16, "bf16", 32, 33, 34, 35, 36)
+HSTU_WGMMA(112, 56, __half, "f16", 56, 57, 58, 59, 60)
+HSTU_WGMMA(112, 56, __nv_bfloat16, "bf16", 56, 57, 58, 59, 60)
 HSTU_WGMMA(128, 64, __half, "f16", 64, 65, 66, 67, 68)
 HSTU_WGMMA(128, 64, __nv_bfloat16, "bf16", 64, 65, 66, 67, 68)
 HSTU_WGMMA(256, 128, __half, "f16", 128, 129, 130, 131, 132)

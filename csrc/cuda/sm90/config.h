@@ -8,33 +8,32 @@ namespace hstu_ops::cuda::sm90 {
 constexpr int kSharedMemory = 227 * 1024;
 constexpr int kPanel = 64;  // columns of a 128-byte-swizzled panel of 16-bit elements
 
-// A block of threads owns kRows queries of one head, 64 for each of kGroups warpgroups, and walks tiles of kCols keys. One
-// more warpgroup feeds them.
-template <int kDim_, int kGroups_, int kCols_, int kStages_, int kQueryStages_>
+// A block of threads owns kRows queries of one head, 64 for each of kGroups warpgroups, and walks tiles of kCols keys.
+// One more warpgroup feeds them.
+template <int kDim_, int kGroups_, int kCols_, int kStages_, int kQueryStages_, int kPartCols_>
 struct FwdShape {
   static constexpr int kDim = kDim_, kGroups = kGroups_, kCols = kCols_;
+  static constexpr int kPartCols = kPartCols_;        // columns masked at a time
   static constexpr int kStages = kStages_;            // tiles of keys and values in flight
   static constexpr int kQueryStages = kQueryStages_;  // 2: the next item's queries load while this one is computed
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
   static constexpr int kQueryBytes = kRows * kDim * 2, kKeyBytes = kCols * kDim * 2;
   static constexpr int kSharedBytes = kQueryStages * kQueryBytes + 2 * kStages * kKeyBytes + 1024;
   // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
-  static constexpr int kLoadRegisters = kGroups == 2 ? 24 : 32, kComputeRegisters = kGroups == 2 ? 240 : 160;
-  static_assert(kDim % kPanel == 0 && kCols % 64 == 0 && kCols <= 128, "panels are whole, keep bits are 64 a row");
-  static_assert(kSharedBytes + 4096 <= kSharedMemory, "barriers, jobs and bias tables take 4 KB");
+  static constexpr int kLoadRegisters = 56, kComputeRegisters = kGroups == 2 ? 224 : 152;
+  static_assert(kDim % kPanel == 0 && kCols % kPartCols == 0 && kPartCols <= 64,
+                "panels are whole, keep bits are 64 a row");
+  static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(kGroups == 2 || kGroups == 3, "see the registers");
 };
 
-// Bias terms want registers more than a third warpgroup.
-template <int kDim, bool kBias>
+template <int kDim>
 struct FwdConfig;
 template <>
-struct FwdConfig<64, false> : FwdShape<64, 3, 128, 2, 2> {};
+struct FwdConfig<64> : FwdShape<64, 3, 112, 3, 2, 56> {};
 template <>
-struct FwdConfig<64, true> : FwdShape<64, 2, 128, 2, 2> {};
-template <bool kBias>
-struct FwdConfig<128, kBias> : FwdShape<128, 2, 128, 2, 1> {};
-template <bool kBias>
-struct FwdConfig<256, kBias> : FwdShape<256, 2, 64, 2, 1> {};
+struct FwdConfig<128> : FwdShape<128, 3, 64, 3, 2, 64> {};
+template <>
+struct FwdConfig<256> : FwdShape<256, 2, 64, 2, 1, 64> {};
 
 }  // namespace hstu_ops::cuda::sm90

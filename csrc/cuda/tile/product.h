@@ -23,6 +23,45 @@ __device__ __forceinline__ void mma_step(Accumulator<kM, kN>& acc, int m, int n,
   }
 }
 
+// Rows of both operands run along K, with FFMA: see multiply_rows. Sums of 8 are added up, which keeps the rounding
+// error of a long sum that of a short one.
+template <int kK, int kM, int kN, class TileA, class TileB>
+__device__ __forceinline__ void multiply_rows_fp32(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
+                                                   int row_b) {
+  const int ra = row_a + lane_row(), rb = row_b + lane_col();
+  acc.clear();
+#pragma unroll 1
+  for (int k = 0; k < kK / 4; k += 2) {
+    float4 fa[kM][2][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fa[m][i / 2][i % 2] = ptx::ld_shared_v4(a.at(ra + m * 16 + i / 2 * 8, k + i % 2));
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float4 fb[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) fb[i] = ptx::ld_shared_v4(b.at(rb + n * 8 + c, k + i));
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float x = 0.f;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              x = fmaf(fa[m][h][i].x, fb[i].x, x);
+              x = fmaf(fa[m][h][i].y, fb[i].y, x);
+              x = fmaf(fa[m][h][i].z, fb[i].z, x);
+              x = fmaf(fa[m][h][i].w, fb[i].w, x);
+            }
+            acc.x[m][n][2 * h + c] += x;
+          }
+      }
+  }
+}
+
 // Rows of both operands run along K: acc[i][j] = sum_k a[row_a + i][k] b[row_b + j][k].
 template <class T, int kK, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
@@ -53,39 +92,7 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
       }
     }
   } else {
-    // Sums of 8 are added up, which keeps the rounding error of a long sum that of a short one.
-    const int ra = row_a + lane_row(), rb = row_b + lane_col();
-    acc.clear();
-#pragma unroll 1
-    for (int k = 0; k < kK / 4; k += 2) {
-      float4 fa[kM][2][2];
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) fa[m][i / 2][i % 2] = ptx::ld_shared_v4(a.at(ra + m * 16 + i / 2 * 8, k + i % 2));
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float4 fb[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) fb[i] = ptx::ld_shared_v4(b.at(rb + n * 8 + c, k + i));
-#pragma unroll
-          for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              float x = 0.f;
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                x = fmaf(fa[m][h][i].x, fb[i].x, x);
-                x = fmaf(fa[m][h][i].y, fb[i].y, x);
-                x = fmaf(fa[m][h][i].z, fb[i].z, x);
-                x = fmaf(fa[m][h][i].w, fb[i].w, x);
-              }
-              acc.x[m][n][2 * h + c] += x;
-            }
-        }
-    }
+    multiply_rows_fp32<kK>(acc, a, row_a, b, row_b);
   }
 }
 

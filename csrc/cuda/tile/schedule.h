@@ -73,10 +73,9 @@ __device__ __forceinline__ void pick_descending(const int (&count)[4], int rank,
   }
 }
 
-// Item `index`; block -1 past the last one. kAscending: the lowest block of a sequence is its longest. Not inlined: it
-// shares no registers with the rest of a kernel.
+// Item `index`; block -1 past the last one. kAscending: the lowest block of a sequence is its longest.
 template <int kRows, bool kAscending>
-__device__ __noinline__ WorkItem find_work(const Schedule& s, int64_t index) {
+__device__ __forceinline__ WorkItem find_work_inline(const Schedule& s, int64_t index) {
   WorkItem item = {0, 0, -1};
   if (index > 0xffffffff) return item;  // only ill-formed offsets make so many items
   const unsigned heads = s.heads, tile = static_cast<unsigned>(index) / heads;
@@ -117,6 +116,12 @@ __device__ __noinline__ WorkItem find_work(const Schedule& s, int64_t index) {
     return item;
   }
   return item;
+}
+
+// The same, not inlined: it shares no registers with the rest of a kernel.
+template <int kRows, bool kAscending>
+__device__ __noinline__ WorkItem find_work(const Schedule& s, int64_t index) {
+  return find_work_inline<kRows, kAscending>(s, index);
 }
 
 // ---- host ----
