@@ -84,9 +84,9 @@ def hstu_attention(
     that keep nothing are 0. The forward pass is bitwise reproducible, the backward pass under
     `torch.use_deterministic_algorithms(True)`.
 
-    Memory grows with the number of rows, never with its square. Scratch of the backward: on CUDA 4 bytes an element of q,
-    head dimensions rounded up to 32, 64, 128 or 256; on CPU float32 copies of q, its gradient and the output's for one
-    head of the longest sequence, a thread, and up to 8 of q's gradient in all where there are few sequences.
+    Memory grows with the number of rows, never with its square. Scratch of the backward: on CUDA 4 bytes an element of
+    q, head dimensions rounded up to 32, 64, 128 or 256; on CPU float32 copies of q, its gradient and the output's for
+    one head of the longest sequence, a thread, and up to 8 of q's gradient in all where there are few sequences.
 
     Errors: TypeError or ValueError naming the argument, what was expected and what came. With `HSTU_OPS_CHECK=1` in the
     environment at import, the content of offsets and lengths is checked on every device (which waits for the device).
@@ -97,10 +97,26 @@ def hstu_attention(
     if isinstance(q, Tensor) and q.is_nested:
         from .jagged import nested_attention
 
-        options = {x: y for x, y in locals().items() if x not in ("q", "k", "v", "seq_offsets", "nested_attention")}
         if seq_offsets is not None:
             _fail("seq_offsets", "None for nested q, k, v (it is theirs)", seq_offsets)
-        return nested_attention(hstu_attention, q, k, v, **options)
+        return nested_attention(
+            hstu_attention,
+            q,
+            k,
+            v,
+            max_seq_len=max_seq_len,
+            alpha=alpha,
+            scale=scale,
+            causal=causal,
+            num_targets=num_targets,
+            target_group_size=target_group_size,
+            contextual_seq_len=contextual_seq_len,
+            max_attn_len=max_attn_len,
+            min_full_attn_seq_len=min_full_attn_seq_len,
+            global_prefix_len=global_prefix_len,
+            bias=bias,
+            seq_offsets_q=seq_offsets_q,
+        )
 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
