@@ -273,6 +273,7 @@ struct FwdComputer {
   // their stage.
   __device__ __forceinline__ void skip_tile() {
     shared.barrier.value_full[tile_ring.stage].wait(tile_ring.round);
+    sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
     release(shared.barrier.key_empty[tile_ring.stage]);
     release(shared.barrier.value_empty[tile_ring.stage]);
     tile_ring.next();
