@@ -13,7 +13,7 @@ namespace {
 template <class C>
 class Bias {
  public:
-  // Rows [row_begin, row_end) of the mask against any column; begin_q is the jagged row of mask row 0.
+  // Rows [row_begin, row_end) of the mask against any column.
   Bias(const AttentionProblem& problem, const Sequence& sequence, int b, int head, int row_begin, int row_end,
        const BiasScratch<C>& scratch, C* grad_time = nullptr)
       : relative_(problem.relative),
@@ -51,7 +51,8 @@ class Bias {
     end_ = end;
     if (position_weight_) {
       consecutive_ = begin >= mask_.shift() && end <= mask_.history + 1;
-      for (int j = 0; j < kBlockCols; ++j) scratch_.col_position[j] = mask_.position(min_int(begin + j, end - 1));
+      for (int j = 0; j < kBlockCols && !consecutive_; ++j)
+        scratch_.col_position[j] = mask_.position(min_int(begin + j, end - 1));
     }
     if (time_.any()) time_.set_columns(begin, end);
   }

@@ -132,14 +132,6 @@ HSTU_INLINE Vec<C> sigmoid(Vec<C> x) {
   return 1 / (1 + exp<C>(-x));
 }
 
-template <class C>
-HSTU_INLINE C sum(Vec<C> v) {
-  C s = 0;
-  HSTU_UNROLL
-  for (int i = 0; i < kLanes<C>; ++i) s += v[i];
-  return s;
-}
-
 }  // namespace
 }  // namespace HSTU_ISA
 }  // namespace cpu

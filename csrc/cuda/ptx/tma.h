@@ -16,8 +16,4 @@ __device__ __forceinline__ void tma_load_3d(uint32_t shared, const CUtensorMap& 
       : "memory");
 }
 
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 }  // namespace hstu_ops::ptx
