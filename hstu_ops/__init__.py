@@ -17,6 +17,7 @@ from . import reference
 from ._library import build_info
 from .attention import hstu_attention
 from .bias import RelativeAttentionBias, RelativeBias, TimeBuckets
+from .pointwise import layer_core, layer_norm, norm_gate, silu_split
 
 try:
     __version__ = version("hstu_ops")
@@ -30,5 +31,9 @@ __all__ = [
     "__version__",
     "build_info",
     "hstu_attention",
+    "layer_core",
+    "layer_norm",
+    "norm_gate",
     "reference",
+    "silu_split",
 ]
