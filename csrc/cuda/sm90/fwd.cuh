@@ -20,6 +20,7 @@
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/items.h"
+#include "cuda/sm90/ring.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/load.h"
 #include "cuda/tile/product.h"
@@ -82,17 +83,6 @@ struct FwdStorage {
   }
   __device__ Panel value_panel(int stage, int panel) const {
     return {values + stage * C::kKeyBytes + panel * C::kCols * 128};
-  }
-};
-
-// A stage of a ring and the parity of its current round.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  unsigned round = 0;
-
-  __device__ void next() {
-    if (++stage == kStages) stage = 0, round ^= 1;
   }
 };
 
