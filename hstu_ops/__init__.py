@@ -17,6 +17,8 @@ from . import reference
 from ._library import build_info
 from .attention import hstu_attention
 from .bias import RelativeAttentionBias, RelativeBias, TimeBuckets
+from .jagged import stochastic_length
+from .layer import HSTU, HSTULayer
 from .pointwise import layer_core, layer_norm, norm_gate, silu_split
 
 try:
@@ -25,6 +27,8 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0+unknown"
 
 __all__ = [
+    "HSTU",
+    "HSTULayer",
     "RelativeAttentionBias",
     "RelativeBias",
     "TimeBuckets",
@@ -36,4 +40,5 @@ __all__ = [
     "norm_gate",
     "reference",
     "silu_split",
+    "stochastic_length",
 ]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bias import RelativeBias, accumulation_dtype
+from ..bias import RelativeBias, accumulation_dtype
 
 
 def attention_mask(

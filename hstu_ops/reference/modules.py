@@ -1,0 +1,55 @@
+"""HSTULayer and HSTU in plain PyTorch: constructor, state dict and results are those of `hstu_ops`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import layer
+from .attention import hstu_attention
+from .pointwise import layer_norm, norm_gate, silu_split
+
+
+class HSTULayer(layer.HSTULayer):
+    """`hstu_ops.HSTULayer` in plain PyTorch; `recompute` has no effect."""
+
+    def forward(
+        self,
+        x: Tensor,
+        seq_offsets: Tensor,
+        *,
+        timestamps: Tensor | None = None,
+        query_timestamps: Tensor | None = None,
+        bias: object = None,
+        **masks: object,
+    ) -> Tensor:
+        heads, hidden_v, hidden_qk = self.num_heads, self.num_heads * self.dim_v, self.num_heads * self.dim_qk
+        if self.relative_bias is not None:
+            bias = self.relative_bias(timestamps, query_timestamps)
+        uvqk = self.uvqk(layer_norm(x, self.input_norm_weight, self.input_norm_bias, self.eps))
+        u, v, q, k = silu_split(uvqk, (hidden_v, hidden_v, hidden_qk, hidden_qk), self.silu)
+        a = hstu_attention(
+            *(part.unflatten(1, (heads, -1)) for part in (q, k, v)),
+            seq_offsets,
+            self.max_seq_len,
+            alpha=self.alpha,
+            bias=bias,
+            **{"scale": self.scale, **masks},
+        )
+        y = norm_gate(
+            a.flatten(1),
+            u,
+            self.output_norm_weight,
+            self.output_norm_bias,
+            groups=heads if self.norm_per_head else 1,
+            eps=self.eps,
+            dropout=self.dropout,
+            training=self.training,
+            concat=self.concat,
+        )
+        return x + self.output(y)
+
+
+class HSTU(layer.HSTU):
+    """`hstu_ops.HSTU` of plain PyTorch layers."""
+
+    layer_class = HSTULayer
