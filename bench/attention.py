@@ -59,9 +59,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--graph", choices=("auto", "always", "never"), default="auto", help="CUDA graphs (auto: short calls)"
     )
-    p.add_argument("--time", type=float, help="seconds for one measurement (default 1 on CPU, 0.2 on CUDA)")
+    p.add_argument("--time", type=float, help="seconds for one measurement (default 1 on CPU, 0.1 on CUDA)")
     p.add_argument("--threads", type=int, help="of the CPU (default: all this process may use)")
-    p.add_argument("--out", type=Path, help="folder of the CSV file and plot (default bench/results; '-': none)")
+    p.add_argument("--out", type=Path, help="folder of the results, one folder a machine (default bench/results; '-')")
     return p.parse_args(argv)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def settings(args: argparse.Namespace) -> Settings:
     found, missing = providers.find(device, args.providers, args.backend)
     default = report.ROOT / "bench" / "results"
     out = args.out or (None if args.quick else default)
-    budget = args.time or (0.1 if args.quick else 1.0 if device == "cpu" else 0.2)
+    budget = args.time or (0.1 if args.quick else 1.0 if device == "cpu" else 0.1)
     none = out is None or str(out) == "-"
     return Settings(device, budget, args.graph, args.quick, None if none else out, tuple(found), tuple(missing))
 
@@ -153,11 +154,11 @@ def row(
 # ---- a run -----------------------------------------------------------------------------------------------
 
 
-def run(entries: Sequence[Entry], s: Settings) -> int:
-    """Measures and prints; returns how many of our own measurements failed."""
+def run(entries: Sequence[Entry], s: Settings, name: str = "attention") -> int:
+    """Measures, prints and writes the files `name`; returns how many of our own measurements failed."""
     env = report.environment(s.device)
     with stream(s.device):
-        _wake(s.device)
+        wake(s.device)
         top = peaks.measure(s.device, {x.problem.dtype for x in entries}, s.quick)
     _print_head(env, top, s)
     own = [p for p in s.providers if p.own]
@@ -193,15 +194,15 @@ def run(entries: Sequence[Entry], s: Settings) -> int:
     say()
     say(_peaks_at_end(entries, top, s))
     if s.out and rows:
-        path = s.out / f"{report.slug(env, s.device)}.csv"
+        path = s.out / report.slug(env, s.device) / f"{name}.csv"
         say(f"results: {path} ({report.save(rows, env, path)} rows)")
         say(report.plot(rows, env, path.with_suffix(".png"), s.device))
     return failed
 
 
 def _print_head(env: report.Environment, top: peaks.Peaks, s: Settings) -> None:
-    say(f"{env.device}, {env.isa}, driver or system {env.driver}, {env.threads} CPU threads, torch {env.torch}")
-    say(f"hstu_ops {env.hstu_ops}, commit {env.commit}, {env.date}; {_peaks_line(top)}")
+    for line in (*report.head(env), peaks_line(top)):
+        say(line)
     if s.device == "cpu":
         say(f"instruction set in use: {env.isa} (HSTU_OPS_ISA forces one); %mm: of torch.mm fp32, for half types too")
     say(f"FLOPs on kept pairs, counted by {COUNTED_BY}; +-%: distance of the quartiles; Nx: times as long as ours")
@@ -219,7 +220,7 @@ def _peaks_at_end(entries: Sequence[Entry], top: peaks.Peaks, s: Settings) -> st
     except Exception as error:  # a kernel that failed may have taken the device with it; the results are kept
         return f"peaks at the end of the run: {first_line(error)}"
     drift = "" if top.drift(again) < 0.1 else " - the machine was not quiet: % of torch.mm and roofline mean little"
-    return f"at the end of the run: {_peaks_line(again)}{drift}"
+    return f"at the end of the run: {peaks_line(again)}{drift}"
 
 
 def _release() -> None:
@@ -228,13 +229,17 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def _wake(device: str) -> None:
-    """The first backward pass of a process imports half a second of Python, which is no kernel's time or memory."""
-    x = torch.ones(1, device=device, requires_grad=True)
-    torch.autograd.grad(x * 2, x, torch.ones_like(x))
+def wake(device: str) -> None:
+    """The first backward pass of a process imports half a second of Python, which is no kernel's time or memory, and
+    its thread takes hold of the device.
+    """
+    x = torch.ones(1, 1, device=device, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.autograd.grad(x @ x, x, torch.ones_like(x))
 
 
-def _peaks_line(top: peaks.Peaks) -> str:
+def peaks_line(top: peaks.Peaks) -> str:
     products = ", ".join(f"torch.mm {type_name(x)} {rate / 1e9:.0f} GFLOP/s" for x, rate in top.product.items())
     return f"{products}, copy {top.copy / 1e9:.1f} GB/s"
 

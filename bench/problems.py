@@ -170,6 +170,17 @@ def moved_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
 # ---- tensors ---------------------------------------------------------------------------------------------
 
 
+def cumulative(lengths: torch.Tensor) -> torch.Tensor:
+    """Offsets `[B + 1]` of sequences of these lengths."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def timestamps_of(count: int, device: str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Rising seconds, int64; gaps are log-normal around an hour."""
+    gaps = 3600 * (2 * torch.randn(count, generator=generator, dtype=torch.float64, device=device)).exp()
+    return 1_600_000_000 + gaps.cumsum(0).long()
+
+
 def draw(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """N(0, 1) tensors drawn on the device; gaps between timestamps are log-normal around an hour."""
     small = cases.make(
@@ -201,7 +212,7 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
                 positions = size if case.positions is None else case.positions
                 fields["position_weight"] = normal(*lead, 2 * positions - 1).requires_grad_()
                 continue
-            times = 1_600_000_000 + (3600 * (2 * normal(total_kv + 1, dtype=torch.float64)).exp()).cumsum(0).long()
+            times = timestamps_of(total_kv + 1, device, generator)
             buckets = TimeBuckets.log().to(device)
             fields["time_weight"] = normal(*lead, len(buckets.boundaries) + 1).requires_grad_()
             fields |= {"buckets": buckets, "timestamps": times[:-1]}

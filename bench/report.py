@@ -8,8 +8,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class Environment:
     device: str
     isa: str  # of a CPU, or the compute capability
     driver: str  # of a GPU, or the kernel of the system
+    clocks: str  # while the device works
     threads: int
 
 
@@ -63,8 +64,8 @@ class Row:
     note: str = ""
 
 
-KEY = ("device", "isa", "threads", "provider", "case", "dtype", "direction")  # a newer row with the same replaces it
-COLUMNS = [x.name for x in (*fields(Environment), *fields(Row))]
+MACHINE = ("device", "isa", "threads")
+KEY = (*MACHINE, "provider", "case", "dtype", "direction")  # a newer row with the same replaces it
 
 
 def environment(device: str) -> Environment:
@@ -81,6 +82,7 @@ def environment(device: str) -> Environment:
         device=name,
         isa=isa,
         driver=driver,
+        clocks=_gpu_clocks() if device == "cuda" else _cpu_clock(),
         threads=torch.get_num_threads(),
     )
 
@@ -102,6 +104,34 @@ def _nvidia_driver() -> str:
         return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "unknown"
 
 
+def _gpu_clocks() -> str:
+    """Clocks, power limit and what holds the clocks back, asked for while matrix products run."""
+    a = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    for _ in range(400):  # about half a second, longer than the question takes
+        torch.mm(a, a, out=out)
+    asked = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,clocks_event_reasons.active"
+    answer = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id={_gpu_id()}")
+    torch.cuda.synchronize()
+    found = [x.strip() for x in answer.split(",")]
+    if len(found) != 5:
+        return "unknown"
+    sm, most, memory, power, reasons = found
+    return f"SM {sm} of {most} MHz, memory {memory} MHz, power limit {power} W, clock event reasons {reasons}"
+
+
+def _gpu_id() -> str:
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def _cpu_clock() -> str:
+    try:
+        found = re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = []
+    return f"{max(map(float, found)):.0f} MHz" if found else "unknown"
+
+
 def _commit() -> str:
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if not commit:
@@ -118,9 +148,16 @@ def _output(*command: str) -> str:
 
 
 def slug(env: Environment, device: str) -> str:
-    """The name of the result files of a machine."""
+    """The name of the folder of a machine's results."""
     name = env.device if device == "cuda" else f"{env.device} {env.threads} threads {env.isa}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def head(env: Environment) -> list[str]:
+    return [
+        f"{env.device}, {env.isa}, driver or system {env.driver}, {env.threads} CPU threads, torch {env.torch}",
+        f"hstu_ops {env.hstu_ops}, commit {env.commit}, {env.date}; {env.clocks}",
+    ]
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -149,33 +186,37 @@ def table_line(row: Row, ratios: Sequence[str], width: int, device: str, many_ow
 # ---- files -----------------------------------------------------------------------------------------------
 
 
-def save(rows: Sequence[Row], env: Environment, path: Path) -> int:
-    """Writes the rows into a CSV file beside those of earlier runs that they do not replace; returns how many stand."""
+def save(rows: Sequence[Row | dict], env: Environment, path: Path, key: Sequence[str] = KEY) -> int:
+    """Writes the rows, with what they were measured on, into a CSV file beside those of earlier runs that they do not
+    replace; returns how many stand.
+    """
+    cells = [{**asdict(env), **(x if isinstance(x, dict) else asdict(x))} for x in rows]
+    columns = list(dict.fromkeys(name for line in cells for name in line))
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = {_key(x): x for x in load(path)}
-    for row in rows:
-        line = {x: _cell(y) for x, y in {**asdict(env), **asdict(row)}.items()}
-        lines[_key(line)] = line
+    lines = {_key(x, key): x for x in load(path, columns)}
+    for line in cells:
+        line = {x: _cell(line.get(x)) for x in columns}
+        lines[_key(line, key)] = line
     partial = path.with_suffix(".csv.part")
     with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines.values())
     os.replace(partial, path)
     return len(lines)
 
 
-def load(path: Path) -> list[dict[str, str]]:
+def load(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
     """The lines of a CSV file; none where it is not there or was written with other columns."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        return list(reader) if reader.fieldnames == COLUMNS else []
+        return list(reader) if columns is None or reader.fieldnames == list(columns) else []
 
 
-def _key(line: dict) -> tuple:
-    return tuple(str(line[x]) for x in KEY)
+def _key(line: dict, key: Sequence[str]) -> tuple:
+    return tuple(str(line[x]) for x in key)
 
 
 def _cell(value: object) -> str:
@@ -184,8 +225,8 @@ def _cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def plot(rows: Sequence[Row], env: Environment, path: Path, device: str) -> str:
-    """Bars of FLOP/s, a panel a direction; returns the sentence that says what came of it."""
+def draw_plot(draw: Callable, path: Path) -> str:
+    """`draw(pyplot, path)` without a screen; returns the sentence that says what came of it."""
     try:
         import matplotlib
 
@@ -194,10 +235,16 @@ def plot(rows: Sequence[Row], env: Environment, path: Path, device: str) -> str:
     except ImportError:
         return "no plot: matplotlib is not installed (pip install matplotlib)"
     try:
-        _draw(pyplot, rows, env, path, 1e3 if device == "cuda" else 1, "TFLOP/s" if device == "cuda" else "GFLOP/s")
+        draw(pyplot, path)
     except Exception as error:
         return f"no plot: {first_line(error)}"
     return f"plot: {path}"
+
+
+def plot(rows: Sequence[Row], env: Environment, path: Path, device: str) -> str:
+    """Bars of FLOP/s, a panel a direction."""
+    unit = (1e3, "TFLOP/s") if device == "cuda" else (1, "GFLOP/s")
+    return draw_plot(lambda pyplot, path: _draw(pyplot, rows, env, path, *unit), path)
 
 
 def _draw(pyplot, rows: Sequence[Row], env: Environment, path: Path, unit: float, unit_name: str) -> None:
@@ -220,6 +267,10 @@ def _draw(pyplot, rows: Sequence[Row], env: Environment, path: Path, unit: float
     panels[0][0].set_yticks(range(len(labels)), labels)
     panels[0][0].invert_yaxis()
     panels[0][-1].legend()
+    finish_figure(pyplot, figure, env, path)
+
+
+def finish_figure(pyplot, figure, env: Environment, path: Path) -> None:
     figure.suptitle(f"{env.device}, {env.isa}, torch {env.torch}, hstu_ops {env.hstu_ops} {env.commit}, {env.date}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

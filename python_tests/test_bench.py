@@ -230,7 +230,7 @@ def test_backend_is_forced_only_while_it_runs(monkeypatch):
     assert os.environ["HSTU_OPS_BACKEND"] == "sm90"
 
 
-def test_padded_computes_the_same_and_knows_its_memory():
+def test_padded_computes_the_same_and_knows_its_memory(monkeypatch):
     case = next(x for x in SMALL if x.name == "position-time-per-head")
     inputs = problems.draw(case, torch.float64, "cpu")
     forward, leaves = providers.Padded().bind(inputs, case)
@@ -238,6 +238,10 @@ def test_padded_computes_the_same_and_knows_its_memory():
     assert len(leaves) == 5
     huge = problems.dense(2**20, 4, 64)
     assert "GiB" in providers.Padded().refuses(huge, torch.float32, "cpu", "fwd")
+    monkeypatch.setattr(providers, "available_memory", lambda device: 2**40)
+    slow = problems.dense(8192, 16, 64)
+    assert providers.Padded().refuses(slow, torch.bfloat16, "cuda", "fwd") == "needs about 24 GiB of 8"
+    assert providers.Padded().refuses(slow, torch.bfloat16, "cpu", "fwd") is None
 
 
 @pytest.mark.parametrize("window", [0, 16])
@@ -292,13 +296,17 @@ TINY = [*BOTH_BIASES, "--device=cpu", "--quick", "--lengths=32", "--tokens=64", 
 TINY.append("--time=0.001")
 
 
-def test_tiny_run(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def known_peaks(monkeypatch):
     monkeypatch.setattr(peaks, "measure", lambda *args: peaks.Peaks("cpu", {torch.float32: 1e11}, 1e10))
+
+
+def test_tiny_run(tmp_path, capsys, known_peaks):
     assert attention.main([*TINY, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "N32 B2 D64 relative fp32, rate over that of no bias (N32 B2 D64 fp32): hstu_ops fwd" in printed
     assert "padded takes" in printed and "instruction set in use" in printed
-    (path,) = tmp_path.glob("*.csv")
+    (path,) = tmp_path.glob("*/attention.csv")
     lines = report.load(path)
     assert len(lines) == 8  # two cases, two passes, two providers
     assert lines[0]["kept_pairs"] == str(2 * 32 * 33 // 2)
@@ -308,8 +316,7 @@ def test_tiny_run(tmp_path, capsys, monkeypatch):
     assert len(report.load(path)) == 8  # replaced, not repeated
 
 
-def test_a_provider_that_fails_loses_its_cell_only(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(peaks, "measure", lambda *args: peaks.Peaks("cpu", {torch.float32: 1e11}, 1e10))
+def test_a_provider_that_fails_loses_its_cell_only(tmp_path, capsys, monkeypatch, known_peaks):
 
     def broken(self, inputs, case):
         raise RuntimeError("no such luck")
@@ -333,14 +340,15 @@ def test_csv_of_other_columns_is_not_mixed(tmp_path):
     path = tmp_path / "a.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([["case", "ms"], ["x", "1"]])
-    assert report.load(path) == []
+    assert report.load(path, ["case"]) == []
+    assert report.load(path) == [{"case": "x", "ms": "1"}]
 
 
 def test_environment_says_where_a_figure_comes_from():
     env = report.environment("cpu")
-    assert env.threads == torch.get_num_threads() and env.torch == torch.__version__ and env.isa
+    assert env.threads == torch.get_num_threads() and env.torch == torch.__version__ and env.isa and env.clocks
     assert report.slug(replace(env, device="A (R) B", threads=2, isa="avx2"), "cpu") == "a-r-b-2-threads-avx2"
     assert (
-        measure._peaks_line(peaks.Peaks("cpu", {torch.float32: 1e11}, 1e10))
+        measure.peaks_line(peaks.Peaks("cpu", {torch.float32: 1e11}, 1e10))
         == "torch.mm fp32 100 GFLOP/s, copy 10.0 GB/s"
     )
