@@ -2,9 +2,9 @@
 
 >>> out = hstu_ops.hstu_attention(q, k, v, seq_offsets, max_seq_len)
 
-`hstu_ops.hstu_attention` is the op, `hstu_ops.RelativeAttentionBias` the module that owns bias tables,
-`hstu_ops.reference` the same mathematics in plain PyTorch. `python -m hstu_ops` prints what this build holds and checks
-it.
+`hstu_ops.hstu_attention` is the op, `hstu_ops.RelativeAttentionBias` the module that owns bias tables. On top of them
+are `hstu_ops.HSTULayer`, `hstu_ops.HSTU` and `hstu_ops.HSTURecommender`. `hstu_ops.reference` has the same mathematics
+in plain PyTorch. `python -m hstu_ops` prints what this build holds and checks it, `python -m hstu_ops train` trains.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -17,9 +17,11 @@ from . import reference
 from ._library import build_info
 from .attention import hstu_attention
 from .bias import RelativeAttentionBias, RelativeBias, TimeBuckets
+from .histories import Histories
 from .jagged import stochastic_length
 from .layer import HSTU, HSTULayer
 from .pointwise import layer_core, layer_norm, norm_gate, silu_split
+from .recommender import HSTURecommender
 
 try:
     __version__ = version("hstu_ops")
@@ -29,6 +31,8 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 __all__ = [
     "HSTU",
     "HSTULayer",
+    "HSTURecommender",
+    "Histories",
     "RelativeAttentionBias",
     "RelativeBias",
     "TimeBuckets",

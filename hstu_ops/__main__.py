@@ -1,6 +1,6 @@
-"""python -m hstu_ops: what this build holds, and a realistic batch checked against the reference.
+"""python -m hstu_ops: checks this build (the default command), or trains a recommender (`train`).
 
-A subcommand is a function in COMMANDS; `check` runs when none is named.
+A command is a function of the parsed arguments, in `_parser`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import RelativeAttentionBias, TimeBuckets, __version__, build_info, hstu_attention, reference
+from . import train as training
 
 USERS, HEADS, DIM, SHORTEST, LONGEST, MOST_TARGETS = 32, 4, 64, 10, 1000, 20
 
@@ -156,17 +157,39 @@ def _mebibytes(size: float | None) -> str:
     return "unknown" if size is None else f"{size / 2**20:.0f} MiB"
 
 
-COMMANDS = {"check": check}
+def _parser() -> argparse.ArgumentParser:
+    device = "cuda" if build_info().get("cuda_archs") and torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        prog="python -m hstu_ops",
+        description="HSTU attention, layers and recommenders. Without a command: check.",
+        epilog="python -m hstu_ops COMMAND --help says what a command takes.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    summaries = {
+        check: "compare this build with plain PyTorch: error, time, memory",
+        training.train: "train a recommender on synthetic data or MovieLens ratings",
+    }
+    dtypes = {check: ["float32", "float16", "bfloat16"], training.train: ["float32", "bfloat16"]}
+    for function, summary in summaries.items():
+        command = commands.add_parser(function.__name__, help=summary, description=function.__doc__)
+        command.set_defaults(function=function)
+        command.add_argument("--device", choices=["cpu", "cuda"], default=device, help="default: %(default)s")
+        command.add_argument("--dtype", choices=dtypes[function], help="default: float32; train on cuda: bfloat16")
+        if function is training.train:
+            training.add_arguments(command)
+    return parser
 
 
 def main() -> int:
-    default = "cuda" if build_info().get("cuda_archs") and torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m hstu_ops", description=check.__doc__)
-    parser.add_argument("command", nargs="?", choices=list(COMMANDS), default="check")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    arguments = parser.parse_args()
-    return COMMANDS[arguments.command](arguments)
+    given = sys.argv[1:]
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given = ["check", *given]
+    arguments = _parser().parse_args(given)
+    if arguments.dtype is None:
+        arguments.dtype = (
+            "bfloat16" if arguments.function is training.train and arguments.device == "cuda" else "float32"
+        )
+    return arguments.function(arguments)
 
 
 if __name__ == "__main__":
