@@ -79,6 +79,10 @@ def hstu_attn_varlen_func(
     causal, max_attn_len = _window(window_size, max_seqlen_k, num_contexts, num_targets)
 
     if rab is not None:
+        batch, heads = cu_seqlens_k.shape[0] - 1, q.shape[1]
+        fits = rab.dim() == 4 and rab.shape[0] in (1, batch) and rab.shape[1] in (1, heads)
+        if not fits or not max_seqlen_k <= rab.shape[2] == rab.shape[3]:
+            _fail("rab", f"shape [{batch} or 1, {heads} or 1, N, N] with N >= {max_seqlen_k}", rab)
         rab = rab if has_drab else rab.detach()
         rab = rab if alpha == 1 else alpha * rab.to(accumulation_dtype(q.dtype))
     if seqused_q is not None or seqused_k is not None:
