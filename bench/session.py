@@ -144,9 +144,10 @@ def panels(
     across = min(2, len(lines))
     down = -(-len(lines) // across)
     figure, axes = pyplot.subplots(down, across, figsize=(6.5 * across, 4.2 * down), squeeze=False)
+    labels = list(dict.fromkeys(label for labelled in lines.values() for label in labelled))
     for axis, (quantity, labelled) in zip(axes.flat, lines.items(), strict=False):
         for label, points in labelled.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label, color=f"C{labels.index(label)}")
         axis.set(xlabel=x, ylabel=quantity, xscale="log")
         ticks = sorted({a for points in labelled.values() for a, _ in points})
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
