@@ -1,6 +1,6 @@
 """What the HSTU paper compares HSTU with, at the same size: HSTU with softmax attention, and a Transformer.
 
-Both are built and called like `hstu_ops.HSTU`, on torch's scaled_dot_product_attention.
+Both are built and called like `hstu_ops.HSTU`, on torch's FlashAttention2 and scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -30,17 +30,24 @@ def softmax_attention(
 ) -> Tensor:
     """Softmax attention over jagged sequences, `[T, H, Dv]`; the arguments are those of `hstu_attention`.
 
-    Causal without bias and other masks it is FlashAttention2 on CUDA in float16 and bfloat16 (over jagged tensors of
-    torch.nested), and elsewhere torch's scaled_dot_product_attention of one padded batch. With a bias or a mask these
-    are built in full, `[B, H, max_seq_len, max_seq_len]`. No sequence may be longer than max_seq_len.
+    Causal without bias and other masks it is FlashAttention2 on CUDA in float16 and bfloat16 (torch's kernel for
+    sequences of different lengths, where Dqk = Dv is a multiple of 8 up to 256), and elsewhere torch's
+    scaled_dot_product_attention of one padded batch. With a bias or a mask these are built in full,
+    `[B, H, max_seq_len, max_seq_len]`. No sequence may be longer than max_seq_len.
     """
     plain = bias is None and num_targets is None and not masks
-    if plain and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        nested = [
-            torch.nested.nested_tensor_from_jagged(x, seq_offsets, min_seqlen=1, max_seqlen=max_seq_len).transpose(1, 2)
-            for x in (q, k, v)
-        ]
-        return F.scaled_dot_product_attention(*nested, is_causal=True, scale=alpha).transpose(1, 2).values()
+    dim = q.shape[-1]
+    if (
+        plain
+        and q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and dim == v.shape[-1] <= 256
+        and dim % 8 == 0
+    ):
+        # Not scaled_dot_product_attention of nested tensors, which is the same kernel after a millisecond of Python.
+        offsets = (seq_offsets.int(),) * 2
+        sizes = (max_seq_len,) * 2
+        return torch.ops.aten._flash_attention_forward(q, k, v, *offsets, *sizes, 0.0, True, False, scale=alpha)[0]
 
     lengths = seq_offsets.diff().long()
     batch, size = len(lengths), int(lengths.max())
