@@ -25,6 +25,8 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_
 namespace sm90 {
 template <class T, int kDim>
 Status attention_fwd(const AttentionFwdParams& params, int processors, cudaStream_t stream);
+template <class T, int kDim>
+Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
 }  // namespace sm90
 #endif
 
@@ -117,8 +119,8 @@ Status read_backend(Backend& backend) {
   return {"HSTU_OPS_BACKEND: expected sm80 or sm90, got " + value};
 }
 
-// Why the Hopper forward does not take a problem; empty if it does, with the device's number of processors.
-std::string sm90_refusal(const AttentionFwdParams& params, int& processors) {
+// Why the Hopper kernels do not take a problem; empty if they do, with the device's number of processors.
+std::string sm90_refusal(const AttentionProblem& a, int& processors) {
 #ifdef HSTU_WITH_SM90
   int device = 0, major = 0, minor = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -126,7 +128,6 @@ std::string sm90_refusal(const AttentionFwdParams& params, int& processors) {
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return "the device does not answer";
-  const AttentionProblem& a = params.problem;
   if (major != 9 || minor != 0) return "it needs a device of compute capability 9.0";
   if (a.dtype != DType::kFloat16 && a.dtype != DType::kBFloat16) return "it takes float16 and bfloat16";
   if (a.dense.data || a.relative.position_weight || a.relative.time_weight) return "it takes no bias";
@@ -135,20 +136,27 @@ std::string sm90_refusal(const AttentionFwdParams& params, int& processors) {
                     sm90::has_tensor_map(a.v, a.dim_v, a.jagged.total_kv);
   return maps ? "" : "it takes q, k and v whose rows start on 16 bytes, up to 256 dimensions, at least one row";
 #else
-  (void)params, (void)processors;
+  (void)a, (void)processors;
   return "this build does not have it";
 #endif
 }
 
-#ifdef HSTU_WITH_SM90
-Status launch_sm90(const AttentionFwdParams& params, int processors, cudaStream_t stream) {
+std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
+  std::string refusal = sm90_refusal(a, processors);
+  if (refusal.empty() && params.deterministic) refusal = "its sums have no fixed order";
+  if (refusal.empty() && !sm90::has_tensor_map(params.grad_out, a.dim_v, a.jagged.total_q))
+    refusal = "it takes a gradient of the output whose rows start on 16 bytes";
+  return refusal;
+}
+
+#ifdef HSTU_WITH_SM90
+// f(element, head dimension) as dispatch() above, with what the Hopper kernels are built for.
+template <class F>
+Status dispatch_sm90(const AttentionProblem& a, F&& f) {
   const int dim = a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v;
-  return dispatch("head dimension", dim, std::integer_sequence<int, 64, 128, 256>{}, [&](auto d) {
-    constexpr int kDim = decltype(d)::value;
-    return a.dtype == DType::kFloat16 ? sm90::attention_fwd<__half, kDim>(params, processors, stream)
-                                      : sm90::attention_fwd<__nv_bfloat16, kDim>(params, processors, stream);
-  });
+  return dispatch("head dimension", dim, std::integer_sequence<int, 64, 128, 256>{},
+                  [&](auto d) { return a.dtype == DType::kFloat16 ? f(__half{}, d) : f(__nv_bfloat16{}, d); });
 }
 #endif
 
@@ -157,7 +165,13 @@ Status launch_sm90(const AttentionFwdParams& params, int processors, cudaStream_
 size_t attention_fwd_workspace(const AttentionFwdParams&) { return 0; }
 
 size_t attention_bwd_workspace(const AttentionBwdParams& params) {
-  return BwdWorkspace::plan(params, padded_dim(params.problem), kFewestQueries, nullptr).bytes;
+#ifdef HSTU_WITH_SM90
+  constexpr int kLeast = 64;  // dimensions of the Hopper kernels
+#else
+  constexpr int kLeast = 32;
+#endif
+  const int dim = padded_dim(params.problem);
+  return BwdWorkspace::plan(params, dim > kLeast ? dim : kLeast, kFewestQueries, nullptr).bytes;
 }
 
 Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {
@@ -165,25 +179,36 @@ Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {
   if (Status status = read_backend(backend); !status.ok()) return status;
   if (empty(params.problem)) return {};
   int processors = 0;
-  const std::string refusal = backend == Backend::kSm80 ? "" : sm90_refusal(params, processors);
+  const std::string refusal = backend == Backend::kSm80 ? "" : sm90_refusal(params.problem, processors);
   if (backend == Backend::kSm90 && !refusal.empty()) return {"HSTU_OPS_BACKEND=sm90: " + refusal};
+  const auto on = static_cast<cudaStream_t>(stream);
 #ifdef HSTU_WITH_SM90
   if (backend != Backend::kSm80 && refusal.empty())
-    return launch_sm90(params, processors, static_cast<cudaStream_t>(stream));
+    return dispatch_sm90(params.problem, [&](auto element, auto dim) {
+      return sm90::attention_fwd<decltype(element), decltype(dim)::value>(params, processors, on);
+    });
 #endif
   return explained(dispatch(params.problem, [&](auto element, auto dim) {
-    return sm80::attention_fwd<decltype(element), decltype(dim)::value>(params, static_cast<cudaStream_t>(stream));
+    return sm80::attention_fwd<decltype(element), decltype(dim)::value>(params, on);
   }));
 }
 
 Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* stream) {
   Backend backend;
   if (Status status = read_backend(backend); !status.ok()) return status;
-  if (backend == Backend::kSm90) return {"HSTU_OPS_BACKEND=sm90: it has no backward"};
-  if (empty(params.problem)) return clear_bias_grads(params, static_cast<cudaStream_t>(stream));
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (empty(params.problem)) return clear_bias_grads(params, on);
+  int processors = 0;
+  const std::string refusal = backend == Backend::kSm80 ? "" : sm90_refusal(params, processors);
+  if (backend == Backend::kSm90 && !refusal.empty()) return {"HSTU_OPS_BACKEND=sm90: " + refusal};
+#ifdef HSTU_WITH_SM90
+  if (backend != Backend::kSm80 && refusal.empty())
+    return dispatch_sm90(params.problem, [&](auto element, auto dim) {
+      return sm90::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace, processors, on);
+    });
+#endif
   return explained(dispatch(params.problem, [&](auto element, auto dim) {
-    return sm80::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace,
-                                                                        static_cast<cudaStream_t>(stream));
+    return sm80::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace, on);
   }));
 }
 

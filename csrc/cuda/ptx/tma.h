@@ -1,4 +1,5 @@
-// The copy engine: boxes of a tensor into shared memory, completion counted by an Mbarrier.
+// The copy engine: boxes of a tensor into shared memory, completion counted by an Mbarrier; sums of contiguous floats
+// into global memory, completion waited for by the thread that asked.
 #pragma once
 
 #include <cuda.h>
@@ -14,6 +15,24 @@ __device__ __forceinline__ void tma_load_3d(uint32_t shared, const CUtensorMap& 
           "r"(shared),
       "l"(&map), "r"(full.address()), "r"(x), "r"(y), "r"(z)
       : "memory");
+}
+
+// global[i] += shared[i]; both on 16 bytes, `bytes` a multiple of 16.
+__device__ __forceinline__ void bulk_add(float* global, uint32_t shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All but the last kPending committed groups have read shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// They have written global memory as well.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace hstu_ops::ptx

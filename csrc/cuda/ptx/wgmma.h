@@ -19,6 +19,21 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Registers of products may be read from here on (after a wait), or are complete (before a fence): keeps the compiler
+// from moving what computes with them across.
+template <int kCount>
+__device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
+#pragma unroll
+  for (float& x : d) asm volatile("" : "+f"(x)::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (auto& step : a)
+#pragma unroll
+    for (uint32_t& x : step) asm volatile("" : "+r"(x)::"memory");
+}
+
 // Where an operand starts. 16-byte units, eight-row groups 1024 bytes apart; panels start on 1024 bytes.
 // Rows along M or N, columns along K: the next 16 of K are 32 bytes on; `panel_bytes` is unused.
 // Rows along K, columns along M or N: the next 16 of K are 2048 bytes on, the next 64 columns `panel_bytes`.
@@ -72,14 +87,20 @@ struct Wgmma;
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// multiply_rows: both operands from shared memory, rows along M and N. multiply_fragment: A from registers, B's rows
-// along K.
+// multiply_rows: both operands from shared memory, rows along M and N. multiply_columns: the same with rows along K.
+// multiply_fragment: A from registers, B's rows along K.
 #define HSTU_WGMMA(kN, kRegs, T, kType, p0, p1, p2, p3, p4)                                                           \
   template <>                                                                                                         \
   struct Wgmma<kN, T> {                                                                                               \
     __device__ static __forceinline__ void multiply_rows(float (&d)[kRegs], uint64_t a, uint64_t b, bool add) {       \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN             \
                    "k16.f32." kType "." kType " {" HSTU_REGS##kRegs "}, %" #p0 ", %" #p1 ", p, 1, 1, 0, 0;\n}\n"      \
+                   : HSTU_ACC##kRegs                                                                                  \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                     \
+    }                                                                                                                 \
+    __device__ static __forceinline__ void multiply_columns(float (&d)[kRegs], uint64_t a, uint64_t b, bool add) {    \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN             \
+                   "k16.f32." kType "." kType " {" HSTU_REGS##kRegs "}, %" #p0 ", %" #p1 ", p, 1, 1, 1, 1;\n}\n"      \
                    : HSTU_ACC##kRegs                                                                                  \
                    : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                     \
     }                                                                                                                 \

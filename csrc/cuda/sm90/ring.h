@@ -14,4 +14,20 @@ struct Ring {
   }
 };
 
+// The same for several rings that advance together: one register.
+struct Count {
+  unsigned count = 0;
+
+  template <int kStages>
+  __device__ int stage() const {
+    return count % kStages;
+  }
+  template <int kStages>
+  __device__ unsigned round() const {
+    return count / kStages % 2;
+  }
+  __device__ void next() { ++count; }
+  __device__ Count before() const { return {count - 1}; }
+};
+
 }  // namespace hstu_ops::cuda::sm90

@@ -112,6 +112,11 @@ __device__ __forceinline__ uint32_t pack(float lo, float hi, __nv_bfloat16) {
   return *reinterpret_cast<const uint32_t*>(&h);
 }
 
+__device__ __forceinline__ float2 unpack(uint32_t x, __half) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+__device__ __forceinline__ float2 unpack(uint32_t x, __nv_bfloat16) {
+  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x));
+}
+
 template <class T>
 __device__ __forceinline__ float to_float(T x) {
   return static_cast<float>(x);

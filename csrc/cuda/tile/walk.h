@@ -87,28 +87,43 @@ __device__ __forceinline__ void mask_rows(const Mask& mask, int row, int col, Ac
       }
 }
 
+// Which of the mask's columns [col, col + 32) the rows [row, row + 8 kN) keep: one row a lane.
+template <int kN>
+struct ColumnBits {
+  unsigned words[(kN + 3) / 4];
+
+  __device__ __forceinline__ ColumnBits() = default;
+  __device__ __forceinline__ ColumnBits(const Mask& mask, int row, int end_row, int col) {
+#pragma unroll
+    for (int i = 0; i < (kN + 3) / 4; ++i) {
+      const int at = row + i * 32 + lane_id();
+      words[i] = at < end_row ? static_cast<unsigned>(row_bits(mask, at, col)) : 0;
+    }
+  }
+};
+
 // The same for a transposed tile: its rows are columns [col, col + 16 kM) of the mask. Zeroes both accumulators.
 template <int kM, int kN>
-__device__ __forceinline__ void mask_columns(const Mask& mask, int row, int end_row, int col, Accumulator<kM, kN>& a,
+__device__ __forceinline__ void mask_columns(const ColumnBits<kN>& bits, Accumulator<kM, kN>& a,
                                              Accumulator<kM, kN>& b) {
-  static_assert(kM <= 2 && kN <= 8, "32 columns of the mask a word, two of its rows a lane");
-  unsigned bits[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < (kN + 3) / 4; ++i) {
-    const int at = row + i * 32 + lane_id();
-    if (at < end_row) bits[i] = static_cast<unsigned>(row_bits(mask, at, col));
-  }
+  static_assert(kM <= 2, "32 columns of the mask a word");
 #pragma unroll
   for (int n = 0; n < kN; ++n)
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const unsigned mine = __shfl_sync(~0u, bits[n / 4], n % 4 * 8 + lane_col() + c) >> lane_row();
+      const unsigned mine = __shfl_sync(~0u, bits.words[n / 4], n % 4 * 8 + lane_col() + c) >> lane_row();
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           if (!(mine >> (m * 16 + h * 8) & 1)) a.x[m][n][2 * h + c] = b.x[m][n][2 * h + c] = 0.f;
     }
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void mask_columns(const Mask& mask, int row, int end_row, int col, Accumulator<kM, kN>& a,
+                                             Accumulator<kM, kN>& b) {
+  mask_columns(ColumnBits<kN>(mask, row, end_row, col), a, b);
 }
 
 }  // namespace hstu_ops::cuda

@@ -1,0 +1,101 @@
+// What the roles of the Hopper backward share: barriers and the layout of shared memory.
+//
+// Barriers, each with the arrivals that complete it:
+//
+//   job_full    the finding warp               job_empty    each computing warpgroup, and the loading warp
+//   key_full    the loading lane, the bytes    key_empty    each computing warpgroup; value_*, query_*, grad_* likewise
+//   score_full  each warp that writes dS       score_empty  each computing warpgroup
+//   slope_full  each warp that writes slopes   slope_empty  each warp that reads them
+//   sum_full    each warp of the warpgroup     sum_empty    the lane that adds to global memory
+#pragma once
+
+#include "cuda/ptx/mbarrier.h"
+#include "cuda/sm90/bwd_config.h"
+#include "cuda/sm90/bwd_items.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+constexpr int kBwdJobs = 4;  // items found ahead
+
+template <int kStages>
+struct Gate {
+  ptx::Mbarrier full[kStages], empty[kStages];
+
+  __device__ void init(int fills, int empties) {
+    for (int i = 0; i < kStages; ++i) full[i].init(fills), empty[i].init(empties);
+  }
+};
+
+template <class C>
+struct BwdBarriers {
+  Gate<kBwdJobs> job;
+  Gate<C::kKeyStages> key;
+  Gate<C::kValueStages> value;
+  Gate<C::kQueryStages> query;
+  Gate<C::kGradStages> grad;
+  Gate<C::kScoreStages> score;
+  Gate<2> slope;
+  Gate<1> sum[C::kGroups];
+
+  __device__ void init() {
+    job.init(1, C::kGroups + 1);
+    key.init(1, C::kGroups), value.init(1, C::kGroups);
+    query.init(1, C::kGroups), grad.init(1, C::kGroups);
+    score.init(C::kSplitKeys ? 8 : 4, C::kGroups);
+    slope.init(4, 4);
+    for (Gate<1>& s : sum) s.init(4, 1);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// A part of dQ that waits in shared memory to be added.
+struct SumJob {
+  float* to;
+  int bytes;  // negative: the block is done
+};
+
+template <class C>
+struct BwdState {
+  BwdBarriers<C> barrier;
+  BwdJob jobs[kBwdJobs];
+  BwdTile tiles[C::kQueryStages];
+  SumJob sums[C::kGroups];
+};
+
+template <class C, class T>
+struct BwdStorage {
+  using Panel = SmemTile<T, kPanel>;  // its swizzle is the copy engine's
+
+  BwdState<C>& state;
+  uint32_t base;
+
+  static constexpr int kValues = C::kKeyStages * C::kKeyBytes, kQueries = kValues + C::kValueStages * C::kKeyBytes,
+                       kGrads = kQueries + C::kQueryStages * C::kQueryBytes,
+                       kScores = kGrads + C::kGradStages * C::kQueryBytes,
+                       kSlopes = kScores + C::kScoreStages * C::kScoreBytes,
+                       kSums = kSlopes + C::kSlopeStages * C::kSlopeBytes;
+
+  __device__ BwdStorage(BwdState<C>& state, const unsigned char* memory) : state(state) {
+    base = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
+  }
+  __device__ Panel key_panel(int stage, int panel) const {
+    return {base + stage * C::kKeyBytes + panel * C::kKeys * 128};
+  }
+  __device__ Panel value_panel(int stage, int panel) const {
+    return {base + kValues + stage * C::kKeyBytes + panel * C::kKeys * 128};
+  }
+  __device__ Panel query_panel(int stage, int panel) const {
+    return {base + kQueries + stage * C::kQueryBytes + panel * C::kQueries * 128};
+  }
+  __device__ Panel grad_panel(int stage, int panel) const {
+    return {base + kGrads + stage * C::kQueryBytes + panel * C::kQueries * 128};
+  }
+  // dS: rows are keys, 64 queries a panel.
+  __device__ Panel score_panel(int stage, int panel) const {
+    return {base + kScores + stage * C::kScoreBytes + panel * C::kKeys * 128};
+  }
+  __device__ uint32_t slopes(int stage) const { return base + kSlopes + stage * C::kSlopeBytes; }
+  __device__ uint32_t sums(int group) const { return base + kSums + group * C::kSumBytes; }
+};
+
+}  // namespace hstu_ops::cuda::sm90
