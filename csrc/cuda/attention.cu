@@ -9,6 +9,7 @@
 
 #include "core/launch.h"
 #include "cuda/errors.h"
+#include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/workspace.h"
 
@@ -165,13 +166,10 @@ Status dispatch_sm90(const AttentionProblem& a, F&& f) {
 size_t attention_fwd_workspace(const AttentionFwdParams&) { return 0; }
 
 size_t attention_bwd_workspace(const AttentionBwdParams& params) {
-#ifdef HSTU_WITH_SM90
-  constexpr int kLeast = 64;  // dimensions of the Hopper kernels
-#else
-  constexpr int kLeast = 32;
-#endif
   const int dim = padded_dim(params.problem);
-  return BwdWorkspace::plan(params, dim > kLeast ? dim : kLeast, kFewestQueries, nullptr).bytes;
+  const size_t portable = BwdWorkspace::plan(params, dim, kFewestQueries, nullptr).bytes;
+  const size_t hopper = sm90::BwdScratch(params.problem, dim > 64 ? dim : 64, nullptr).bytes;
+  return portable > hopper ? portable : hopper;
 }
 
 Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {

@@ -17,6 +17,7 @@
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/bwd_store.h"
 #include "cuda/sm90/bwd_sums.h"
 #include "cuda/sm90/tensor_map.h"
@@ -31,7 +32,8 @@ struct BwdArguments {
   CUtensorMap q, k, v, grad_out;
   AttentionBwdParams params;
   Schedule schedule;
-  float* sums;  // of dQ: see bwd_sums.h
+  unsigned* ticket;  // of the next item: whoever is done first takes it, since items differ in length
+  float* sums;       // of dQ: see bwd_sums.h
 };
 
 // ---- the finding warp ----
@@ -42,13 +44,12 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
   Gate<kBwdJobs>& gate = shared.state.barrier.job;
 #pragma unroll 1
   for (Count found;; found.next()) {
-    // Every other round backwards: items get shorter along a group, so whoever had a long one gets a short one.
-    const unsigned place = found.round<1>() == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const WorkItem item =
-        find_work_inline<C::kKeys, true>(arguments.schedule, int64_t{found.count} * gridDim.x + place);
-    const bool more = item.block >= 0;
     BwdJob& job = shared.state.jobs[found.stage<kBwdJobs>()];
     gate.empty[found.stage<kBwdJobs>()].wait(found.round<kBwdJobs>() ^ 1);
+    unsigned ticket = 0;
+    if (lane_id() == 0) ticket = atomicAdd(arguments.ticket, 1u);
+    const WorkItem item = find_work_inline<C::kKeys, true>(arguments.schedule, __shfl_sync(~0u, ticket, 0));
+    const bool more = item.block >= 0;
     if (lane_id() == 0) {
       job.more = more;
       if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
@@ -514,7 +515,8 @@ template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
   using C = BwdConfig<kDim>;
   const AttentionProblem& a = params.problem;
-  BwdArguments arguments{{}, {}, {}, {}, params, key_schedule(a), static_cast<float*>(memory)};
+  const BwdScratch scratch(a, C::kDim, memory);
+  BwdArguments arguments{{}, {}, {}, {}, params, key_schedule(a), scratch.ticket, scratch.sums};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
@@ -524,7 +526,7 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, int process
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kKeys); !s.ok()) return s;
   const auto kernel = attention_bwd_kernel<C, T>;
   HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-  HSTU_TRY(cudaMemsetAsync(memory, 0, a.jagged.total_q * a.heads * C::kDim * sizeof(float), stream));
+  HSTU_TRY(cudaMemsetAsync(memory, 0, scratch.bytes, stream));
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
   kernel<<<static_cast<unsigned>(items < processors ? items : processors), C::kThreads, C::kSharedBytes, stream>>>(
       arguments);

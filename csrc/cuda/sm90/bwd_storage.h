@@ -15,7 +15,7 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-constexpr int kBwdJobs = 4;  // items found ahead
+constexpr int kBwdJobs = 2;  // an item and the next: taking more ahead would leave others idle in the end
 
 template <int kStages>
 struct Gate {
