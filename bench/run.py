@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         began = time.monotonic()
         try:
             statuses[name] = importlib.import_module(name).main(passed_on)
-        except Exception as error:  # the others still run
+        except (Exception, SystemExit) as error:  # the others still run
             print(f"bench/{name}.py: {type(error).__name__}: {error}", file=sys.stderr)
             statuses[name] = 1
         seconds[name] = time.monotonic() - began
