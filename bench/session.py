@@ -96,7 +96,7 @@ class Session:
             timed = {"ms": timing.median * 1e3, "+-%": 100 * timing.spread, "min_ms": timing.minimum * 1e3}
             row |= {**timed, "runs": timing.runs, "method": timing.method}
         machine = {"mm_gflops": self.peaks.of(self.dtype) / 1e9, "copy_gbytes": self.peaks.copy / 1e9}
-        self.rows.append({**row, "dtype": type_name(self.dtype), **machine})
+        self.rows.append({"dtype": type_name(self.dtype), **row, **machine})
         say(self._line(row))
         return self.rows[-1]
 

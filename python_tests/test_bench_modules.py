@@ -16,6 +16,7 @@ import harness
 import layer
 import memory
 import peaks
+import pointwise
 import report
 import run
 import session
@@ -128,6 +129,30 @@ def test_bias_runs(tmp_path, capsys, known_peaks):
     assert bias.main([*arguments, "--lengths=0"]) == 2
 
 
+def test_pointwise_runs(tmp_path, known_peaks):
+    arguments = ["--device=cpu", "--quick", "--time=0.001", "--rows=8", "--dim=16", "--heads=2", "--dtype=fp32,bf16"]
+    assert pointwise.main([*arguments, "--out", str(tmp_path)]) == 0
+    lines = lines_of(tmp_path, "pointwise")
+    assert len(lines) == 2 * 2 * len(pointwise.works(16, 2))
+    assert {x["dtype"] for x in lines} == {"fp32", "bf16"}
+    assert all(float(x["eager"]) > 0 and not x["compile"] for x in lines)
+    assert pointwise.main([*arguments, "--cases=softmax"]) == 2
+    assert pointwise.main([*arguments, "--dtype=fp8"]) == 2
+
+
+@pytest.mark.parametrize("name", [x for x in pointwise.works(16, 2) if "dropout" not in x and "concat" not in x])
+def test_pointwise_compares_what_is_equal(name):
+    work = pointwise.works(16, 2)[name]
+    weights = {False: torch.randn(2, 16), True: torch.randn(2, 2).repeat_interleave(8, dim=1)}["per head" in name]
+    tensors = [*(torch.randn(8, 16 * x) for x in work.widths if x), *weights[: work.widths.count(0)]]
+    for ours, eager in zip(_parts(work.ours(*tensors)), _parts(work.eager(*tensors)), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def _parts(result):
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
 def test_plots_are_drawn(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     shown = types.SimpleNamespace(env=report.environment("cpu"))
@@ -135,7 +160,9 @@ def test_plots_are_drawn(tmp_path):
         {"N": n, "pass": "training", "x": 2.0, "Mrows/s": 1.0, "model": "HSTU", "ms": 1.0, "x d": 14.0} for n in (8, 16)
     ]
     shown.rows = [{**x, "layer": "research", "TFLOP/s": 1.0, "published": 300} for x in rows]
-    for module in (encoder, layer, memory):
+    shown.rows = [{**x, "case": "norm_gate", "dtype": "bf16", "GB/s": 3000.0} for x in shown.rows]
+    shown.peaks = peaks.Peaks("cuda", {}, 4e12)
+    for module in (encoder, layer, memory, pointwise):
         module.draw(pyplot, shown, tmp_path / f"{module.__name__}.png")
         assert (tmp_path / f"{module.__name__}.png").stat().st_size > 1000
 
