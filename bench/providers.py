@@ -21,7 +21,7 @@ import hstu_ops
 from hstu_ops import reference
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
-PADDED_UP_TO = 8 * 2**30  # bytes that it may take on CUDA
+PADDED_UP_TO = 4 * 2**30  # bytes that it may take on CUDA
 OWN_NAMES = ("hstu_ops", "sm80", "sm90")  # of Own providers
 Bound = tuple[Callable[[], Tensor], list[Tensor]]
 

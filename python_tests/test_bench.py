@@ -240,7 +240,7 @@ def test_padded_computes_the_same_and_knows_its_memory(monkeypatch):
     assert "GiB" in providers.Padded().refuses(huge, torch.float32, "cpu", "fwd")
     monkeypatch.setattr(providers, "available_memory", lambda device: 2**40)
     slow = problems.dense(8192, 16, 64)
-    assert providers.Padded().refuses(slow, torch.bfloat16, "cuda", "fwd") == "needs about 24 GiB of 8"
+    assert providers.Padded().refuses(slow, torch.bfloat16, "cuda", "fwd") == "needs about 24 GiB of 4"
     assert providers.Padded().refuses(slow, torch.bfloat16, "cpu", "fwd") is None
 
 
