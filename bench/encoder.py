@@ -72,7 +72,7 @@ class Case:
 def choose(args: argparse.Namespace, device: str) -> list[Case]:
     cuda = device == "cuda"
     if args.quick:
-        lengths, tokens, alphas = ([1024, 4096], 32768, "1.6,2.0") if cuda else ([128, 256], 512, "1.6,2.0")
+        lengths, tokens, alphas = ([1024, 4096], 32768, "1.6,2.0") if cuda else ([256], 512, "1.6,2.0")
     else:
         lengths, tokens = ([1024, 2048, 4096, 8192], 262144) if cuda else ([256, 512], 2048)
         alphas = "1.6,1.7,1.8,1.9,2.0"
