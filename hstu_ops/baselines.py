@@ -32,8 +32,8 @@ def softmax_attention(
 
     Causal without bias and other masks it is FlashAttention2 on CUDA in float16 and bfloat16 (torch's kernel for
     sequences of different lengths, where Dqk = Dv is a multiple of 8 up to 256), and elsewhere torch's
-    scaled_dot_product_attention of one padded batch. With a bias or a mask these are built in full,
-    `[B, H, max_seq_len, max_seq_len]`. No sequence may be longer than max_seq_len.
+    scaled_dot_product_attention of one padded batch. With a bias or a mask these are built in full.
+    max_seq_len is at least the longest length; only FlashAttention2 reads it.
     """
     plain = bias is None and num_targets is None and not masks
     dim = q.shape[-1]
@@ -50,7 +50,7 @@ def softmax_attention(
         return torch.ops.aten._flash_attention_forward(q, k, v, *offsets, *sizes, 0.0, True, False, scale=alpha)[0]
 
     lengths = seq_offsets.diff().long()
-    batch, size = len(lengths), int(lengths.max())
+    batch, size = len(lengths), int(lengths.max()) if len(lengths) else 0
     sequence = torch.repeat_interleave(torch.arange(batch, device=q.device), lengths, output_size=len(q))
     at = (sequence, torch.arange(len(q), device=q.device) - seq_offsets[sequence])
 

@@ -20,6 +20,7 @@ class Dataset:
     - `stream`: True: `train` is in the order of time, to be read once, and every item of `test` is predicted. False:
       `train` is `test` without each user's last item, and that last item is predicted.
     - `item_ids`: the names of the items in the file, int64 `[num_items]`; None for generated items.
+    - `best`: metrics on the test of a model that knows how the data was made; None if nobody knows.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Dataset:
     stream: bool
     num_actions: int = 0
     item_ids: Tensor | None = None
+    best: dict[str, float] | None = None
 
     def __str__(self) -> str:
         total = len(self.train.items) + (len(self.test.items) if self.stream else len(self.test))
@@ -49,7 +51,7 @@ def synthetic_stream(
 ) -> Dataset:
     """The paper's synthetic stream: records of 128 items, whose categories are a Dirichlet process.
 
-    At scale 1: 20,000 items, each of one of 100 categories, and 200,000 records (the paper does not give their number).
+    At scale 1: 20,000 items, each of one of 100 categories, and 50,000 records (the paper does not give their number).
     Smaller scales shrink all three by the same factor, so that a category keeps its 200 items. 40 % of the items exist
     from the start, the others are released at equal intervals while the stream goes on. Each record has up to 5
     categories, a prior over them and `alpha ~ U(1, 500)`; its n-th item (n from 0) is of a category drawn from the
@@ -61,7 +63,7 @@ def synthetic_stream(
     """
     if not scale > 0:
         raise ValueError(f"hstu_ops: scale: expected a positive number, got {scale}")
-    records = max(10, round(200_000 * scale)) if num_records is None else num_records
+    records = max(10, round(50_000 * scale)) if num_records is None else num_records
     items = max(50, round(20_000 * scale)) if num_items is None else num_items
     categories = max(1, min(items, round(100 * scale))) if num_categories is None else num_categories
     gen = torch.Generator().manual_seed(seed)
@@ -99,7 +101,29 @@ def synthetic_stream(
     histories = Histories(values.flatten(), torch.arange(records + 1) * RECORD_LENGTH)
     split = records - max(1, records // 10)
     train, test = histories.users(torch.arange(split)), histories.users(torch.arange(split, records))
-    return Dataset(f"synthetic stream, scale {scale:g}", items, train, test, stream=True)
+    best = _best_possible(*(x[split:] for x in (prior / prior.sum(1, keepdim=True), alpha, available, drawn)))
+    return Dataset(f"synthetic stream, scale {scale:g}", items, train, test, stream=True, best=best)
+
+
+def _best_possible(prior: Tensor, alpha: Tensor, available: Tensor, drawn: Tensor) -> dict[str, float]:
+    """Metrics over all items but the first of each record, of ranking items by their true probability: `[R, slots]`
+    priors and released items a category, `[R]` alpha, `[R, n]` the categories drawn.
+    """
+    seen = torch.nn.functional.one_hot(drawn[:, :-1], prior.shape[1]).cumsum(1)  # before each predicted item
+    alpha = alpha[:, None, None]
+    share = (alpha * prior[:, None] + seen) / (alpha + torch.arange(1, drawn.shape[1])[:, None])
+    size = available[:, None].expand_as(share).clamp(min=1)
+    each, order = (share / size).sort(dim=2, descending=True)  # the probability of an item, best category first
+    end = size.gather(2, order).cumsum(2)
+    begin = end - size.gather(2, order)
+
+    def mean(gain_until: Tensor) -> float:
+        """gain_until[x]: the gain of the first x ranks together."""
+        last = len(gain_until) - 1
+        return ((gain_until[end.clamp(max=last)] - gain_until[begin.clamp(max=last)]) * each).sum(2).mean().item()
+
+    discounted = torch.nn.functional.pad((1 / torch.log2(torch.arange(10) + 2.0)).cumsum(0), (1, 0))
+    return {"HR@10": mean(torch.arange(11.0)), "HR@50": mean(torch.arange(51.0)), "NDCG@10": mean(discounted)}
 
 
 class RatingsError(ValueError):

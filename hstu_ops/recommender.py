@@ -16,7 +16,7 @@ from .attention import _fail
 from .baselines import SoftmaxHSTU, Transformer
 from .bias import RelativeAttentionBias, TimeBuckets
 from .histories import Histories
-from .layer import HSTU
+from .layer import HSTU, HSTULayer
 
 ENCODERS = {"hstu": HSTU, "reference": reference.HSTU, "softmax-hstu": SoftmaxHSTU, "transformer": Transformer}
 RELATIVE_BIASES = ("none", "position", "time", "position+time")
@@ -47,7 +47,7 @@ class HSTURecommender(nn.Module):
         temperature: None: inner products instead of cosines over it.
         encoder: "hstu", "reference" (the same in plain PyTorch, with the same state dict), "softmax-hstu" or
             "transformer" (see `hstu_ops.baselines`).
-        layer_options: more arguments of the encoder, such as `alpha`, `concat` or `recompute`.
+        layer_options: more arguments of the encoder, such as `alpha`, `concat` or `recompute`; uvqk_bias is True.
 
     Batches are `Histories`, on the device of the model.
     """
@@ -101,6 +101,8 @@ class HSTURecommender(nn.Module):
         self.position_embedding = nn.Embedding(max_seq_len + 1, embedding_dim)  # the targets' position is the last
         self.action_embedding = nn.Embedding(num_actions, embedding_dim) if num_actions else None
         self.dropout = nn.Dropout(dropout)
+        if encoder != "transformer":
+            layer_options.setdefault("uvqk_bias", True)
         self.encoder = ENCODERS[encoder](
             num_layers,
             embedding_dim,
@@ -113,9 +115,22 @@ class HSTURecommender(nn.Module):
             **layer_options,
         )
         self.candidate_head = nn.Linear(embedding_dim, 1)
+        self._reset_parameters()
+
+    @torch.no_grad()
+    def _reset_parameters(self) -> None:
+        """Beside embeddings, what differs from the layers' own: gates start open (u near silu(1)) and position tables
+        at 1, so that a layer starts as the mean of what a row sees, as with softmax. From near 0 it learns slowly.
+        """
         for table in (self.item_embedding, self.position_embedding, self.action_embedding):
             if table is not None:
                 nn.init.trunc_normal_(table.weight, std=0.02)
+        for layer in self.encoder.layers:
+            if isinstance(layer, HSTULayer):
+                if layer.uvqk.bias is not None:
+                    layer.uvqk.bias[: layer.num_heads * layer.dim_v].fill_(1)
+                if layer.relative_bias is not None and layer.relative_bias.position_weight is not None:
+                    layer.relative_bias.position_weight.fill_(1)
 
     # ---- encoding --------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ FULL_SOFTMAX_ITEMS = 10_000  # up to this many items the default is a softmax ov
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--scale", type=float, default=0.05, help="size of the synthetic stream; 1: 20,000 items")
+    data.add_argument("--scale", type=float, default=0.1, help="of the synthetic stream (default: %(default)s)")
     data.add_argument("--ratings", metavar="FILE", help="MovieLens ratings.dat, ratings.csv or u.data instead")
     data.add_argument("--max-seq-len", type=int, help="items of a history that are read (default: 128; ratings: 200)")
     model = parser.add_argument_group("model")
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--heads", type=int, default=2)
     model.add_argument("--relative-bias", choices=("none", "position", "time", "position+time"))
     model.add_argument("--dropout", type=float, help="default: 0; ratings: 0.2")
+    model.add_argument("--temperature", type=float, help="of cosines; 0: inner products (default; ratings: 0.05)")
     model.add_argument("--actions", action="store_true", help="embed the ratings too")
     loop = parser.add_argument_group("training")
     loop.add_argument("--epochs", type=int, help="parts of the stream, which is read once (5); ratings: passes (30)")
@@ -81,6 +82,9 @@ def train(arguments: argparse.Namespace) -> int:
     """
     try:
         dataset = _dataset(arguments)
+        print(dataset)
+        if dataset.best is not None:
+            print("best possible: " + ", ".join(f"{x} {value:.4f}" for x, value in dataset.best.items()))
         runs = {}
         for encoder in COMPARED if arguments.baseline else (arguments.encoder,):
             runs[encoder] = fit(encoder, dataset, arguments)
@@ -104,7 +108,7 @@ def fit(encoder: str, dataset: Dataset, arguments: argparse.Namespace) -> Run:
     epochs = arguments.epochs or (5 if stream else 30)
     run = _start(encoder, dataset, arguments, epochs)
     weights = sum(p.numel() for n, p in run.model.named_parameters() if n.startswith("encoder."))
-    print(f"\n{dataset}\n{encoder}: {arguments.layers} layers, {weights} weights in the encoder; {device}\n")
+    print(f"\n{encoder}: {arguments.layers} layers, {weights} weights in the encoder; {device}\n")
     path = arguments.output / f"{encoder}.pt"
     if arguments.resume and path.exists():
         run.resume(path, device)
@@ -126,8 +130,14 @@ def fit(encoder: str, dataset: Dataset, arguments: argparse.Namespace) -> Run:
 
 def _start(encoder: str, dataset: Dataset, arguments: argparse.Namespace, epochs: int) -> Run:
     stream = dataset.stream
-    relative_bias = arguments.relative_bias or ("none" if stream else "position+time")
-    dropout = arguments.dropout if arguments.dropout is not None else (0.0 if stream else 0.2)
+    relative_bias = arguments.relative_bias or ("position" if stream else "position+time")
+    dropout, temperature = (
+        default if given is None else given
+        for given, default in (
+            (arguments.dropout, 0.0 if stream else 0.2),
+            (arguments.temperature, 0.0 if stream else 0.05),
+        )
+    )
     torch.manual_seed(arguments.seed)
     model = HSTURecommender(
         dataset.num_items,
@@ -138,6 +148,7 @@ def _start(encoder: str, dataset: Dataset, arguments: argparse.Namespace, epochs
         num_actions=dataset.num_actions if arguments.actions else 0,
         relative_bias="none" if encoder == "transformer" else relative_bias,
         dropout=dropout,
+        temperature=temperature or None,
         encoder=encoder,
     ).to(arguments.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -254,6 +265,8 @@ def _print_row(row: dict) -> None:
 def _compare(runs: dict[str, Run], dataset: Dataset, arguments: argparse.Namespace) -> None:
     """The table, and the plot if matplotlib is installed."""
     rows = {"popularity": popularity(dataset), **{name: run.history[-1] for name, run in runs.items()}}
+    if dataset.best is not None:
+        rows["best possible"] = dataset.best
     print(f"\n{'':14}" + "".join(f"{x:>9}" for x in METRICS) + f"{'time':>9}")
     for name, row in rows.items():
         spent = f"{sum(x['time'] for x in runs[name].history):7.1f} s" if name in runs else ""

@@ -1,6 +1,8 @@
 """Histories, stochastic length, the recommender and the baselines."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,7 +322,7 @@ def test_every_encoder_learns(encoder, device):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     x = Histories.from_lists([[(i + b * 3) % ITEMS for i in range(5 + b % 8)] for b in range(20)]).to(device)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        for _ in range(40):
+        for _ in range(60):
             optimizer.zero_grad()
             loss = model.next_item_loss(x)
             loss.backward()
@@ -357,3 +359,22 @@ def test_loss_curve_of_200_steps(device):
     ours, plain, other = curve("hstu"), curve("reference"), curve("reference", seed=1)
     assert plain[-1] < 0.5 * plain[0]
     assert (ours - plain).abs().max() < 0.5 * (other - plain).abs().max()
+
+
+_README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.skipif(not _README.exists(), reason="not in a source tree")
+def test_readme_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = _README.read_text().split("## Models")[1].split("## Training")[0]
+    codes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {}
+    for code in codes:
+        exec(code, names)
+    arguments = dict(timestamps=torch.arange(50) * 60, num_targets=torch.tensor([5, 0]))
+    encoder, plain = names["encoder"].eval(), names["plain"].eval()
+    torch.testing.assert_close(
+        encoder(names["x"], names["seq_offsets"], **arguments), plain(names["x"], names["seq_offsets"], **arguments)
+    )
+    assert names["items"].shape == (10,) and names["ranking"].shape == (2, 3) and len(codes) == 2

@@ -105,6 +105,22 @@ def test_synthetic_stream():
         synthetic_stream(0)
 
 
+def test_best_possible():
+    """With one category all items released are as likely; with more, a model with the true shares gets what is said."""
+    data = synthetic_stream(num_records=100, num_items=500, num_categories=1)
+    released = [int(500 * (0.4 + 0.6 * r / 100)) for r in range(90, 100)]
+    assert data.best["HR@10"] == pytest.approx(sum(10 / x for x in released) / 10)
+    assert data.best["HR@50"] == pytest.approx(sum(50 / x for x in released) / 10)
+    data = synthetic_stream(num_records=4000, num_items=400, num_categories=4, seed=1)
+    category = torch.randperm(400, generator=torch.Generator().manual_seed(1)) % 4
+    items = data.test.items.view(-1, 128)
+    kinds = torch.nn.functional.one_hot(category[items], 4)
+    guess = (kinds.cumsum(1)[:, :-1] + 1e-3).argmax(2)  # of the category seen most so far
+    hits = (guess == category[items[:, 1:]]).double().mean() * 10 / (100 * 0.97)
+    assert 0.9 * data.best["HR@10"] < hits < 1.02 * data.best["HR@10"]
+    assert data.best["HR@10"] / 10 < data.best["NDCG@10"] < data.best["HR@10"]
+
+
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
 

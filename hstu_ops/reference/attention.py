@@ -160,7 +160,7 @@ def hstu_attention(
         p = F.silu(s).masked_fill(~mask, 0.0).to(v.dtype)
         o = scale[queries, None, None] * torch.einsum("hij,jhd->ihd", p, v[keys])
         outputs.append(o.to(q.dtype))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(q.dtype)  # under autocast the sums above are float32
 
 
 def padded_hstu_attention(
