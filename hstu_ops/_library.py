@@ -164,13 +164,13 @@ def allow_tf32() -> bool:
 # ---- autocast --------------------------------------------------------------------------------------------
 
 
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the type of an enabled autocast, as scaled_dot_product_attention does; float64 is left alone."""
+def autocast(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type of an enabled autocast, as scaled_dot_product_attention does; float64 is left alone."""
     device = q.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
+        return q, *others
     dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    return tuple(x.to(dtype) for x in (q, *others))
 
 
 def _autocast_kernel(key: torch._C.DispatchKey):

@@ -118,6 +118,33 @@ def hstu_attention(
             seq_offsets_q=seq_offsets_q,
         )
 
+    return _library.attention(
+        *op_arguments(
+            *(q, k, v, seq_offsets, max_seq_len, alpha, scale, causal, num_targets, target_group_size),
+            *(contextual_seq_len, max_attn_len, min_full_attn_seq_len, global_prefix_len, bias, seq_offsets_q),
+        )
+    )
+
+
+def op_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    max_seq_len: int,
+    alpha: float | None,
+    scale: float | Tensor | None,
+    causal: bool,
+    num_targets: Tensor | None,
+    target_group_size: int,
+    contextual_seq_len: int | Tensor,
+    max_attn_len: int,
+    min_full_attn_seq_len: int,
+    global_prefix_len: int,
+    bias: Tensor | RelativeBias | None,
+    seq_offsets_q: Tensor | None,
+) -> tuple:
+    """The arguments of attention_fwd for those of hstu_attention, which are checked."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             _fail(name, "a tensor", x, TypeError)
@@ -165,7 +192,7 @@ def hstu_attention(
 
     if _CHECK_CONTENT and not torch.compiler.is_compiling():
         _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, num_targets, contextual_seq_lens)
-    return _library.attention(
+    return (
         *(q, k, v, seq_offsets, seq_offsets_q, max_seq_len, alpha, scale, scale_values),
         *(causal, num_targets, target_group_size, contextual_seq_len, contextual_seq_lens),
         *(max_attn_len, min_full_attn_seq_len, global_prefix_len, dense),

@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import _fail, _is_number, hstu_attention
+from . import _layer_ops, _library
+from .attention import _check_int, _fail, _is_number, op_arguments
 from .bias import RelativeBias, accumulation_dtype
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -31,9 +31,9 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Errors: TypeError or ValueError naming the argument.
     """
     _check_rows("x", x)
-    weight, bias = _affine("weight", weight, x, 1), _affine("bias", bias, x, 1)
+    weight, bias = _affine("weight", weight, x, 1, x.shape[1]), _affine("bias", bias, x, 1, x.shape[1])
     _check_number("eps", eps)
-    return _norm(x, weight, bias, 1, eps).to(x.dtype)
+    return _layer_ops.layer_norm(x, weight, bias, eps)
 
 
 def silu_split(
@@ -53,11 +53,7 @@ def silu_split(
     Errors: TypeError or ValueError naming the argument.
     """
     _check_rows("uvqk", uvqk)
-    sizes = _check_sizes(sizes, uvqk)
-    silu = _check_flags(silu)
-    parts = uvqk.split(sizes, dim=1)
-    buffer = torch.cat([F.silu(x) if on else x for x, on in zip(parts, silu, strict=True)], dim=1)
-    return tuple(buffer.split(sizes, dim=1))
+    return _layer_ops.silu_split(uvqk, *_check_sizes(sizes, uvqk), *_check_flags(silu))
 
 
 def norm_gate(
@@ -84,7 +80,8 @@ def norm_gate(
         groups: `norm` has mean 0 and variance 1 over each of this many equal parts of a row. 1: all heads jointly. The
             number of heads: per head.
         eps: added to the variance, a number.
-        dropout: the probability, in [0, 1), with which an element becomes 0; the others are divided by `1 - dropout`.
+        dropout: the probability, in [0, 1), with which an element becomes 0, to the nearest multiple of 2^-16; the
+            others are divided by `1 - dropout`.
         seed: an int, or an int64 tensor of one element on the device of a. What is dropped follows from it, the row
             and the column alone, and is the same on every device. Default: drawn from torch's generator of the device.
         training: False switches dropout off.
@@ -101,10 +98,11 @@ def norm_gate(
         _fail("u", f"shape {list(a.shape)}, that of a", u)
     _check_like("u", u, "a", a)
     _check_groups(groups, a.shape[1])
-    weight, bias = _affine("weight", weight, a, groups), _affine("bias", bias, a, groups)
+    weight = _affine("weight", weight, a, groups, a.shape[1])
+    bias = _affine("bias", bias, a, groups, a.shape[1])
     _check_number("eps", eps)
-    seed = _check_dropout(dropout, seed, training, a.device)
-    return _norm_gate(a, u, weight, bias, groups, eps, dropout if training else 0.0, seed, concat)
+    dropped = _dropout_arguments(dropout, seed, training, a.device)
+    return _layer_ops.norm_gate(a, u, False, weight, bias, groups, eps, *dropped, concat)
 
 
 def layer_core(
@@ -163,82 +161,30 @@ def layer_core(
 
     Errors: TypeError or ValueError naming the argument.
     """
-    if isinstance(uvqk, Tensor) and uvqk.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(uvqk.device.type):
-        uvqk = uvqk.to(torch.get_autocast_dtype(uvqk.device.type))
+    if not isinstance(uvqk, Tensor):
+        _fail("uvqk", "a tensor", uvqk, TypeError)
+    (uvqk,) = _library.autocast(uvqk)
+    _check_rows("uvqk", uvqk)
+    for name, value in (("num_heads", num_heads), ("dim_qk", dim_qk), ("dim_v", dim_v)):
+        _check_int(name, value, 1)
     hidden_v, hidden_qk = num_heads * dim_v, num_heads * dim_qk
-    u, v, q, k = silu_split(uvqk, (hidden_v, hidden_v, hidden_qk, hidden_qk), silu)
-    a = hstu_attention(
-        q.unflatten(1, (num_heads, dim_qk)),
-        k.unflatten(1, (num_heads, dim_qk)),
-        v.unflatten(1, (num_heads, dim_v)),
-        seq_offsets,
-        max_seq_len,
-        alpha=alpha,
-        scale=scale,
-        causal=causal,
-        num_targets=num_targets,
-        target_group_size=target_group_size,
-        contextual_seq_len=contextual_seq_len,
-        max_attn_len=max_attn_len,
-        min_full_attn_seq_len=min_full_attn_seq_len,
-        global_prefix_len=global_prefix_len,
-        bias=bias,
+    if uvqk.shape[1] != 2 * (hidden_v + hidden_qk):
+        _fail("uvqk", f"{2 * (hidden_v + hidden_qk)} columns, 2 num_heads (dim_v + dim_qk)", uvqk)
+    silu = _check_flags(silu)
+    q = uvqk[:, :hidden_qk].unflatten(1, (num_heads, dim_qk))  # has the shape that the checks look at
+    _, _, _, *options = op_arguments(
+        *(q, q, q, seq_offsets, max_seq_len, alpha, scale, causal, num_targets, target_group_size),
+        *(contextual_seq_len, max_attn_len, min_full_attn_seq_len, global_prefix_len, bias, None),
     )
-    return norm_gate(
-        a.flatten(1),
-        u,
-        norm_weight,
-        norm_bias,
-        groups=groups,
-        eps=eps,
-        dropout=dropout,
-        seed=seed,
-        training=training,
-        concat=concat,
+    _check_groups(groups, hidden_v)
+    norm_weight = _affine("norm_weight", norm_weight, uvqk, groups, hidden_v)
+    norm_bias = _affine("norm_bias", norm_bias, uvqk, groups, hidden_v)
+    _check_number("eps", eps)
+    dropped = _dropout_arguments(dropout, seed, training, uvqk.device)
+    return _layer_ops.layer_core(
+        *(uvqk, *options, num_heads, dim_qk, dim_v, *silu, norm_weight, norm_bias, groups, eps),
+        *(*dropped, concat, recompute_silu, recompute_attention),
     )
-
-
-# ---- the same in plain PyTorch -----------------------------------------------------------------------------
-
-
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-    wide = x.to(accumulation_dtype(x.dtype)).unflatten(1, (groups, x.shape[1] // groups))
-    centred = wide - wide.mean(-1, keepdim=True)
-    y = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).flatten(1)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def _norm_gate(a, u, weight, bias, groups, eps, dropout, seed, concat) -> Tensor:
-    gated = _norm(a, weight, bias, groups, eps) * u
-    parts = [u, a, gated] if concat else [gated]
-    if dropout > 0:
-        keep = [dropout_mask(seed, dropout, *a.shape, section, a.device) for section in range(3)][-len(parts) :]
-        parts = [torch.where(m, x / (1 - dropout), 0) for x, m in zip(parts, keep, strict=True)]
-    return torch.cat([x.to(a.dtype) for x in parts], dim=1)
-
-
-def dropout_mask(
-    seed: int | Tensor, probability: float, rows: int, columns: int, section: int = 2, device: object = None
-) -> Tensor:
-    """What `norm_gate` keeps: bool `[rows, columns]` of section 0 (u), 1 (a) or 2 (the product).
-
-    Element (r, c) is kept if its random number, word `c % 4` of Philox4x32-7 with the counter (r mod 2^32, r >> 32,
-    c // 4, section) and the seed as key, is at least `round(probability * 2^32)`.
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-    """
-    low = 0xFFFFFFFF
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
-    k0, k1 = seed & low, (seed >> 32) & low
-    r = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
-    c = torch.arange((columns + 3) // 4, dtype=torch.int64, device=device)[None, :]
-    x0, x1, x2, x3 = (x.expand(rows, c.shape[1]) for x in (r & low, r >> 32, c, torch.full_like(c, section)))
-    for _ in range(7):
-        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # 64 bits, of which int64 keeps all
-        x0, x1, x2, x3 = ((p1 >> 32) & low) ^ x1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ x3 ^ k1, p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return torch.stack((x0, x1, x2, x3), dim=-1).flatten(1)[:, :columns] >= round(probability * 2**32)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -249,6 +195,8 @@ def _check_rows(name: str, x: Tensor) -> None:
         _fail(name, "a tensor", x, TypeError)
     if x.dtype not in _FLOATS:
         _fail(name, "float64, float32, float16 or bfloat16", x, TypeError)
+    if x.device.type not in _library.DEVICE_TYPES:
+        _fail(name, f"a device this build has kernels for ({', '.join(_library.DEVICE_TYPES)})", x)
     if x.is_nested or x.dim() != 2 or x.shape[1] < 1:
         _fail(name, "shape [T, D] with at least one column", x)
     if x.stride(1) != 1 and x.shape[1] != 1:
@@ -262,19 +210,18 @@ def _check_like(name: str, x: Tensor, other: str, like: Tensor) -> None:
         _fail(name, f"a tensor on {like.device}, the device of {other}", x)
 
 
-def _affine(name: str, w: Tensor | None, x: Tensor, groups: int) -> Tensor | None:
+def _affine(name: str, w: Tensor | None, x: Tensor, groups: int, columns: int) -> Tensor | None:
     """Weight or bias of a norm as one number a column, in the accumulation type."""
     if w is None:
         return None
     if not isinstance(w, Tensor) or not w.is_floating_point():
         _fail(name, "None or a float tensor", w, TypeError)
-    columns = x.shape[1]
     if w.dim() != 1 or w.shape[0] not in ((columns, groups) if groups > 1 else (columns,)):
         _fail(name, f"shape [{columns}]" + (f" or [{groups}]" if groups > 1 else ""), w)
     if w.device != x.device:
         _fail(name, f"a tensor on {x.device}, the device of the rows", w)
     w = w.to(accumulation_dtype(x.dtype))
-    return w if w.shape[0] == columns else w[:, None].expand(groups, columns // groups).flatten()
+    return w.contiguous() if w.shape[0] == columns else w[:, None].expand(groups, columns // groups).flatten()
 
 
 def _check_sizes(sizes: Sequence[int], uvqk: Tensor) -> list[int]:
@@ -305,8 +252,10 @@ def _check_groups(groups: int, columns: int) -> None:
         _fail("groups", f"a divisor of {columns}, the columns of a", groups)
 
 
-def _check_dropout(dropout: float, seed: int | Tensor | None, training: bool, device: torch.device):
-    """The seed in use; None without dropout."""
+def _dropout_arguments(
+    dropout: float, seed: int | Tensor | None, training: bool, device: torch.device
+) -> tuple[float, Tensor | None, int]:
+    """The probability, the seed as a tensor, the seed as a number."""
     _check_number("dropout", dropout)
     if not 0 <= dropout < 1:
         _fail("dropout", "at least 0 and less than 1", dropout)
@@ -318,5 +267,15 @@ def _check_dropout(dropout: float, seed: int | Tensor | None, training: bool, de
     elif seed is not None and not isinstance(seed, (int, torch.SymInt)):
         _fail("seed", "None, an int or an int64 tensor", seed, TypeError)
     if dropout == 0 or not training:
-        return None
-    return torch.randint(2**62, (1,), device=device) if seed is None else seed
+        return 0.0, None, 0
+    if seed is None:
+        seed = torch.randint(_SEEDS, (1,), device=device)
+    return (dropout, seed.reshape(1), 0) if isinstance(seed, Tensor) else (dropout, None, _as_int64(seed))
+
+
+_SEEDS = 2**62
+
+
+def _as_int64(seed: int) -> int:
+    """The same 64 bits as a signed number."""
+    return (seed + 2**63) % 2**64 - 2**63

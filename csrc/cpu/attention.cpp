@@ -1,7 +1,6 @@
 // Attention on processors: checks the contents of the offsets, cuts the problem into tasks, longest first, and runs
 // them on all threads. The arithmetic is in attention_isa.cpp.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -9,6 +8,7 @@
 
 #include "core/content.h"
 #include "core/jagged.h"
+#include "cpu/parallel.h"
 #include "cpu/work.h"
 
 namespace hstu_ops {
@@ -20,8 +20,6 @@ constexpr int kFwdTasks = 64;      // below this tasks get fewer rows
 constexpr int kMaxParts = 8;       // of a sequence's columns in the backward
 constexpr int kBwdTasks = 16;      // below this the longest sequences are split
 constexpr int kLanesWanted = 128;  // lanes that collect table gradients; bounds memory, not correctness
-constexpr const char* kNoKernels = "HSTU_OPS_ISA: expected an instruction set that this processor and this build have";
-constexpr double kThreadWork = 1 << 20;  // multiplications that pay for waking a thread
 
 const Kernels* find_kernels() {
   const char* wanted = std::getenv("HSTU_OPS_ISA");
@@ -47,28 +45,6 @@ const Kernels* kernels() {
 size_t element_size(const AttentionProblem& p) { return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
 
 size_t rounded(size_t bytes) { return (bytes + kMaxVectorBytes - 1) / kMaxVectorBytes * kMaxVectorBytes; }
-
-// One thread after another takes the next of `count` items; run(item, worker). `work` bounds the threads woken.
-template <class Run>
-Status run_all(const Executor& executor, int64_t count, double work, const Run& run) {
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t count;
-    const Run* run;
-  } shared;
-  shared.count = count;
-  shared.run = &run;
-  const auto take = [](int64_t worker, int64_t, void* context) {
-    Shared& s = *static_cast<Shared*>(context);
-    for (int64_t item; (item = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) (*s.run)(item, worker);
-  };
-  const int64_t workers = std::min({int64_t{executor.threads}, count, static_cast<int64_t>(work / kThreadWork) + 1});
-  if (workers <= 1) {
-    take(0, 1, &shared);
-    return {};
-  }
-  return executor.parallel_for(0, workers, 1, take, &shared) ? Status{"a worker thread failed"} : Status{};
-}
 
 // Scores computed for rows [row_begin, row_end) of the mask x columns [col_begin, col_end), in tiles' granularity.
 double cost_of(const Mask& mask, int row_begin, int row_end, int col_begin, int col_end) {

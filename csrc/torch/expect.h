@@ -3,10 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "core/params.h"
 #include "torch/stable.h"
 
 namespace hstu_ops {
@@ -42,9 +44,30 @@ inline std::string device_text(Device device) {
   return (device.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(device.index);
 }
 
-inline void expect_device(const Tensor& tensor, const char* argument, Device device) {
-  expect(tensor.device() == device, argument, "a tensor on " + device_text(device) + " like q",
+inline void expect_device(const Tensor& tensor, const char* argument, Device device, const char* like = "q") {
+  expect(tensor.device() == device, argument, "a tensor on " + device_text(device) + " like " + like,
          "one on " + device_text(tensor.device()));
+}
+
+inline DType expect_float(const Tensor& tensor, const char* argument) {
+  const int32_t dtype = tensor.dtype();
+  if (dtype == abi::aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (dtype == abi::aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  if (dtype == abi::aoti_torch_dtype_float16()) return DType::kFloat16;
+  expect(dtype == abi::aoti_torch_dtype_float64(), argument, "float64, float32, float16 or bfloat16",
+         dtype_name(dtype));
+  return DType::kFloat64;
+}
+
+// What sums, norms' weights and bias tables are kept in beside a tensor of this type.
+inline int32_t accumulation_dtype(int32_t dtype) {
+  const int32_t wide = abi::aoti_torch_dtype_float64();
+  return dtype == wide ? wide : abi::aoti_torch_dtype_float32();
+}
+
+inline int int_size(int64_t size, const char* argument) {
+  expect(size <= std::numeric_limits<int>::max(), argument, "fewer than 2^31 entries", std::to_string(size));
+  return static_cast<int>(size);
 }
 
 inline void expect_dtype(const Tensor& tensor, const char* argument, std::initializer_list<int32_t> allowed) {

@@ -1,5 +1,5 @@
 // Owning C++ types over stable_abi.h: whatever is thrown, no handle leaks, and every return code is checked.
-// Used by library.cpp and attention.cpp.
+// Used by everything in csrc/torch.
 #pragma once
 
 #include <dlfcn.h>
@@ -61,6 +61,14 @@ class Tensor {  // owns one reference
     return Tensor(handle);
   }
 
+  // Another shape over the same memory, from `offset` elements behind this tensor's first.
+  Tensor view(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset) const {
+    abi::TensorObject* handle = nullptr;
+    HSTU_ABI(aoti_torch__reinterpret_tensor(handle_, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                            offset, &handle));
+    return Tensor(handle);
+  }
+
   int64_t dim() const {
     int64_t dim = 0;
     HSTU_ABI(aoti_torch_get_dim(handle_, &dim));
@@ -113,21 +121,24 @@ class Arguments {
   Tensor tensor() noexcept { return Tensor(as_tensor(*next_++)); }
   int64_t integer() noexcept { return static_cast<int64_t>(*next_++); }
   bool boolean() noexcept { return (*next_++ & 0xff) != 0; }
+  double number() noexcept { return as_number(*next_++); }
   std::optional<Tensor> optional_tensor() noexcept {
     const std::optional<abi::Value> value = unwrap();
     return value ? std::optional<Tensor>(as_tensor(*value)) : std::nullopt;
   }
   std::optional<double> optional_number() noexcept {
     const std::optional<abi::Value> value = unwrap();
-    if (!value) return std::nullopt;
-    double number = 0;
-    std::memcpy(&number, &*value, sizeof(number));
-    return number;
+    return value ? std::optional<double>(as_number(*value)) : std::nullopt;
   }
 
  private:
   static abi::TensorObject* as_tensor(abi::Value value) noexcept {
     return reinterpret_cast<abi::TensorObject*>(static_cast<uintptr_t>(value));
+  }
+  static double as_number(abi::Value value) noexcept {
+    double number = 0;
+    std::memcpy(&number, &value, sizeof(number));
+    return number;
   }
   std::optional<abi::Value> unwrap() noexcept {
     auto* box = reinterpret_cast<abi::Value*>(static_cast<uintptr_t>(*next_++));

@@ -41,6 +41,8 @@ Error aoti_torch_get_device_type(TensorObject* tensor, int32_t* out);
 Error aoti_torch_get_device_index(TensorObject* tensor, int32_t* out);
 Error aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                int32_t device_type, int32_t device_index, TensorObject** out);
+Error aoti_torch__reinterpret_tensor(TensorObject* tensor, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                                     int64_t offset_increment, TensorObject** out);
 
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_float32();

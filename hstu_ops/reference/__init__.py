@@ -6,13 +6,15 @@ which have the constructor and the state dict of their namesakes: one import is 
 
 from .attention import attention_mask, hstu_attention, logical_position, padded_hstu_attention, relative_bias
 from .modules import HSTU, HSTULayer
-from .pointwise import layer_norm, norm_gate, silu_split
+from .pointwise import dropout_mask, layer_core, layer_norm, norm_gate, silu_split
 
 __all__ = [
     "HSTU",
     "HSTULayer",
     "attention_mask",
+    "dropout_mask",
     "hstu_attention",
+    "layer_core",
     "layer_norm",
     "logical_position",
     "norm_gate",
