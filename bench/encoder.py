@@ -31,7 +31,7 @@ PAPER = "the paper, against FlashAttention2 at N 8192: training up to 15.2x, inf
 COLUMNS = {"model": "<22", "pass": "<9", "N": ">5", "batch": ">5", "rows": ">7", "ms": ">9.3f", "+-%": ">5.1f"}
 COLUMNS |= {"Mrows/s": ">7.3g", "MiB": ">7", "x": ">6.2f"}
 COLUMNS |= dict.fromkeys(("attention", "products", "pointwise", "waiting"), ">9.2f")  # ms
-ATTENTION = ("attention", "flash", "fmha")  # in names of kernels and of ops
+ATTENTION = ("attention", "flash", "fmha", "layer_core")  # in names of kernels, or of ops on a CPU
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::addmm", "cublas")
 
 

@@ -244,10 +244,11 @@ def test_import_says_what_to_do():
 
 @pytest.mark.parametrize("content", (None, b"", b"not a library"), ids=("missing", "empty", "foreign"))
 def test_import_without_a_working_library(content, tmp_path):
-    package = tmp_path / "hstu_ops"
-    package.mkdir()
-    for source in Path(attention_module.__file__).parent.glob("*.py"):
-        (package / source.name).write_text(source.read_text())
+    package, sources = tmp_path / "hstu_ops", Path(attention_module.__file__).parent
+    for source in sources.rglob("*.py"):
+        copy = package / source.relative_to(sources)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(source.read_text())
     # Only this copy: an installed hstu_ops would otherwise lend its library.
     init = (package / "__init__.py").read_text()
     (package / "__init__.py").write_text(init.replace("extend_path(__path__, __name__)", "__path__"))
