@@ -321,12 +321,12 @@ def test_every_encoder_learns(encoder, device):
     ).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     x = Histories.from_lists([[(i + b * 3) % ITEMS for i in range(5 + b % 8)] for b in range(20)]).to(device)
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        for _ in range(60):
-            optimizer.zero_grad()
+    for _ in range(60):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model.next_item_loss(x)
-            loss.backward()
-            optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     assert loss < 0.5
     assert model.eval().recommend([7, 8, 9], 1)[0].item() == 10
 

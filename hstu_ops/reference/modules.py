@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import layer
-from .attention import hstu_attention
+from .attention import padded_hstu_attention
 from .pointwise import layer_norm, norm_gate, silu_split
 
 
 class HSTULayer(layer.HSTULayer):
-    """`hstu_ops.HSTULayer` in plain PyTorch; `recompute` has no effect."""
+    """`hstu_ops.HSTULayer` in plain PyTorch, its attention as one padded batch; `recompute` has no effect."""
 
     def forward(
         self,
@@ -27,13 +27,15 @@ class HSTULayer(layer.HSTULayer):
             bias = self.relative_bias(timestamps, query_timestamps)
         uvqk = self.uvqk(layer_norm(x, self.input_norm_weight, self.input_norm_bias, self.eps))
         u, v, q, k = silu_split(uvqk, (hidden_v, hidden_v, hidden_qk, hidden_qk), self.silu)
-        a = hstu_attention(
+        scale = masks.pop("scale", self.scale)
+        a = padded_hstu_attention(
             *(part.unflatten(1, (heads, -1)) for part in (q, k, v)),
             seq_offsets,
-            self.max_seq_len,
+            int(seq_offsets.diff().max()) if len(seq_offsets) > 1 else 0,
             alpha=self.alpha,
+            scale=1 / self.max_seq_len if scale is None else scale,
             bias=bias,
-            **{"scale": self.scale, **masks},
+            **masks,
         )
         y = norm_gate(
             a.flatten(1),
