@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES
 from checks import Errors
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hstu_ops import HSTU, HSTULayer, RelativeAttentionBias, TimeBuckets, reference
 
@@ -175,6 +177,43 @@ def test_recompute_gives_the_same_bits(recompute, device, deterministic):
             found.append(results(layer, batch(device=device, times=True)))
         for name, want in found[0].items():
             assert torch.equal(want, found[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("recompute", "kept"),
+    [((), 11), (("norm",), 10), (("norm", "silu"), 7), (("projection", "silu"), 3), (_RECOMPUTE, 2)],
+    ids=str,
+)
+def test_memory_kept(recompute, kept, device):
+    """Numbers kept a row for the backward pass, in multiples of the width; the input and small tensors included."""
+    rows, width = 4096, 64
+    layer = HSTULayer(width, 2, max_seq_len=64, recompute=recompute).to(device)
+    x = torch.randn(rows, width, device=device, requires_grad=True)
+    offsets = torch.arange(0, rows + 1, 64, device=device)
+    with _Storages() as made:
+        y = layer(x, offsets)
+    assert y.grad_fn is not None
+    alive = made.alive() - y.numel() * 4 + x.numel() * 4
+    assert kept <= alive / (4 * rows * width) <= kept + 0.2
+
+
+class _Storages(TorchDispatchMode):
+    """The storages of all tensors made within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self.made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def alive(self):
+        return sum(size for storage, size in self.made.values() if not storage.expired())
 
 
 @pytest.mark.parametrize("recompute", [(), ("norm", "silu"), _RECOMPUTE], ids="+".join)
