@@ -38,7 +38,7 @@ class HSTURecommender(nn.Module):
 
     Arguments:
         num_items: items are 0 to num_items - 1.
-        max_seq_len: the longest history. Longer ones are an error here; cut them first.
+        max_seq_len: the longest history. Of longer ones the rows beyond share the last position (`recommend` cuts).
         embedding_dim, num_layers, num_heads, dim_qk, dim_v: of the encoder.
         num_actions: actions are 0 to num_actions - 1; 0: there are none.
         relative_bias: "none", "position", "time" or "position+time" (each layer has its own tables, time in `log`
@@ -155,7 +155,7 @@ class HSTURecommender(nn.Module):
         is_target = row >= past
 
         x = self.item_embedding(items) * self.item_embedding.embedding_dim**0.5
-        x = x + self.position_embedding(torch.minimum(row, past))
+        x = x + self.position_embedding(torch.minimum(row, past).clamp(max=self.max_seq_len))
         if self.num_actions > 0:
             action = self.action_embedding(histories.actions.masked_fill(is_target, 0))
             x = x + action.masked_fill(is_target[:, None], 0)
@@ -259,6 +259,8 @@ class HSTURecommender(nn.Module):
             _fail("k", f"1 to {self.num_items}, the number of items", k)
         if bool((histories.lengths < 1).any()):
             _fail("history", "at least one item a user", histories.lengths.tolist())
+        if bool(((histories.items < 0) | (histories.items >= self.num_items)).any()):
+            _fail("history", f"items from 0 to {self.num_items - 1}", histories.items.unique().tolist())
         histories = histories.to(self.item_embedding.weight.device)
         recent = histories.recent(self.max_seq_len)
         logits = self.item_logits(self(recent, request_timestamps=request_timestamps)[recent.seq_offsets[1:] - 1])

@@ -249,9 +249,10 @@ def test_recommend(device):
     long = list(range(30))
     expected = plain.recommend(Histories.from_lists([long[-16:]]), 5, exclude_seen=False)[0][0]
     assert torch.equal(plain.recommend(long, 5, exclude_seen=False)[0], expected)
-    for name, call in (("k", lambda: plain.recommend([1], 0)), ("history", lambda: plain.recommend([], 3))):
+    for name, history, k in (("k", [1], 0), ("k", [1], 41), ("history", [], 3), ("history", [2, 40], 3)):
         with pytest.raises(ValueError, match=name):
-            call()
+            plain.recommend(history, k)
+    assert plain(Histories.from_lists([list(range(30))]).to(device)).isfinite().all()  # too long, yet no crash
 
 
 def test_save_and_load(tmp_path, device):
