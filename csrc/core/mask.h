@@ -100,13 +100,21 @@ struct Mask {  // of one sequence; rows and columns run over [0, len)
   // Visit the tile rows [m0, m1) x columns [n0, n1) iff this is true.
   HSTU_HD bool touches(int m0, int m1, int n0, int n1) const { return rows(m0, m1).meets(n0, n1); }
 
+  // Columns that all rows [m0, m1) keep. May leave some out where the rows straddle two kinds, and leaves out targets.
+  HSTU_HD RowSpans common(int m0, int m1) const {
+    if (m0 < 0 || m1 > len || m0 >= m1 || kind(m0) != kind(m1 - 1)) return {};
+    const RowSpans a = row(m0), b = row(m1 - 1);
+    RowSpans r;
+    r.prefix.hi = min_int(min_int(a.prefix.hi, b.prefix.hi), history);
+    r.window = {max_int(a.window.lo, b.window.lo), min_int(min_int(a.window.hi, b.window.hi), history)};
+    return r;
+  }
+
   // Is every element kept, so that no per-element mask is needed? May say no where the tile straddles
   // two kinds of row or two intervals: that costs time, not correctness.
   HSTU_HD bool covers(int m0, int m1, int n0, int n1) const {
-    if (m0 < 0 || m1 > len || m0 >= m1 || n1 > history || kind(m0) != kind(m1 - 1)) return false;
-    const RowSpans a = row(m0), b = row(m1 - 1);
-    return (a.window.contains(n0, n1) && b.window.contains(n0, n1)) ||
-           (a.prefix.contains(n0, n1) && b.prefix.contains(n0, n1));
+    const RowSpans r = common(m0, m1);
+    return r.window.contains(n0, n1) || r.prefix.contains(n0, n1);
   }
 
   // Pairs kept by rows [m0, len): what the operations of a problem are counted from.

@@ -25,7 +25,7 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_
 #ifdef HSTU_WITH_SM90
 namespace sm90 {
 template <class T, int kDim>
-Status attention_fwd(const AttentionFwdParams& params, int processors, cudaStream_t stream);
+Status attention_fwd(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream);
 template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
 }  // namespace sm90
@@ -104,6 +104,9 @@ Status clear_bias_grads(const AttentionBwdParams& params, cudaStream_t stream) {
   return {};
 }
 
+// Counters of the Hopper forward.
+constexpr size_t kFwdWorkspaceBytes = 16;
+
 // The smallest block of queries of any backward kernel.
 constexpr int kFewestQueries = 16;
 
@@ -163,7 +166,7 @@ Status dispatch_sm90(const AttentionProblem& a, F&& f) {
 
 }  // namespace
 
-size_t attention_fwd_workspace(const AttentionFwdParams&) { return 0; }
+size_t attention_fwd_workspace(const AttentionFwdParams&) { return kFwdWorkspaceBytes; }
 
 size_t attention_bwd_workspace(const AttentionBwdParams& params) {
   const int dim = padded_dim(params.problem);
@@ -172,7 +175,7 @@ size_t attention_bwd_workspace(const AttentionBwdParams& params) {
   return portable > hopper ? portable : hopper;
 }
 
-Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {
+Status attention_fwd(const AttentionFwdParams& params, void* workspace, void* stream) {
   Backend backend;
   if (Status status = read_backend(backend); !status.ok()) return status;
   if (empty(params.problem)) return {};
@@ -183,7 +186,7 @@ Status attention_fwd(const AttentionFwdParams& params, void*, void* stream) {
 #ifdef HSTU_WITH_SM90
   if (backend != Backend::kSm80 && refusal.empty())
     return dispatch_sm90(params.problem, [&](auto element, auto dim) {
-      return sm90::attention_fwd<decltype(element), decltype(dim)::value>(params, processors, on);
+      return sm90::attention_fwd<decltype(element), decltype(dim)::value>(params, workspace, processors, on);
     });
 #endif
   return explained(dispatch(params.problem, [&](auto element, auto dim) {

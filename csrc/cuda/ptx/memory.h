@@ -1,4 +1,5 @@
-// Shared-memory access by 32-bit address, reductions in global memory, and an acquiring load.
+// Shared-memory access by 32-bit address, reductions in global memory, acquiring loads and
+// a releasing store.
 #pragma once
 
 #include <cstdint>
@@ -84,6 +85,14 @@ __device__ __forceinline__ unsigned ld_acquire(const unsigned* p) {
   unsigned x;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
+}
+__device__ __forceinline__ unsigned long long ld_acquire(const unsigned long long* p) {
+  unsigned long long x;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ void st_release(unsigned long long* p, unsigned long long x) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
 
 }  // namespace hstu_ops::ptx

@@ -59,19 +59,12 @@ struct Wgmma;
 #define HSTU_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HSTU_ACC16(i) HSTU_ACC4(i), HSTU_ACC4(i + 4), HSTU_ACC4(i + 8), HSTU_ACC4(i + 12)
 #define HSTU_ACC32 HSTU_ACC16(0), HSTU_ACC16(16)
-#define HSTU_ACC48 HSTU_ACC32, HSTU_ACC16(32)
-#define HSTU_ACC56 HSTU_ACC48, HSTU_ACC4(48), HSTU_ACC4(52)
-#define HSTU_ACC64 HSTU_ACC48, HSTU_ACC16(48)
+#define HSTU_ACC64 HSTU_ACC32, HSTU_ACC16(32), HSTU_ACC16(48)
 #define HSTU_ACC128 HSTU_ACC64, HSTU_ACC16(64), HSTU_ACC16(80), HSTU_ACC16(96), HSTU_ACC16(112)
 
 #define HSTU_REGS32                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define HSTU_REGS48                                                                  \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define HSTU_REGS56 HSTU_REGS48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define HSTU_REGS64                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -88,8 +81,8 @@ struct Wgmma;
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // multiply_rows: both operands from shared memory, rows along M and N. multiply_columns: the same with rows along K.
-// multiply_fragment: A from registers, B's rows along K.
-#define HSTU_WGMMA(kN, kRegs, T, kType, p0, p1, p2, p3, p4)                                                           \
+// multiply_fragment: A from registers, B's rows along K. multiply_fragment_rows: A from registers, B's rows along N.
+#define HSTU_WGMMA(kN, kRegs, T, kType, p0, p1, p2, p3, p4, p5)                                                          \
   template <>                                                                                                         \
   struct Wgmma<kN, T> {                                                                                               \
     __device__ static __forceinline__ void multiply_rows(float (&d)[kRegs], uint64_t a, uint64_t b, bool add) {       \
@@ -111,15 +104,21 @@ struct Wgmma;
                    : HSTU_ACC##kRegs                                                                                  \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                             \
     }                                                                                                                 \
+    __device__ static __forceinline__ void multiply_fragment_rows(float (&d)[kRegs], const uint32_t (&a)[4],          \
+                                                                  uint64_t b, bool add) {                             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN             \
+                   "k16.f32." kType "." kType " {" HSTU_REGS##kRegs "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3         \
+                   "}, %" #p4 ", p, 1, 1, 0;\n}\n"                                                                    \
+                   : HSTU_ACC##kRegs                                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                 \
+    }                                                                                                                 \
   };
 
-HSTU_WGMMA(64, 32, __half, "f16", 32, 33, 34, 35, 36)
-HSTU_WGMMA(64, 32, __nv_bfloat16, "bf16", 32, 33, 34, 35, 36)
-HSTU_WGMMA(112, 56, __half, "f16", 56, 57, 58, 59, 60)
-HSTU_WGMMA(112, 56, __nv_bfloat16, "bf16", 56, 57, 58, 59, 60)
-HSTU_WGMMA(128, 64, __half, "f16", 64, 65, 66, 67, 68)
-HSTU_WGMMA(128, 64, __nv_bfloat16, "bf16", 64, 65, 66, 67, 68)
-HSTU_WGMMA(256, 128, __half, "f16", 128, 129, 130, 131, 132)
-HSTU_WGMMA(256, 128, __nv_bfloat16, "bf16", 128, 129, 130, 131, 132)
+HSTU_WGMMA(64, 32, __half, "f16", 32, 33, 34, 35, 36, 37)
+HSTU_WGMMA(64, 32, __nv_bfloat16, "bf16", 32, 33, 34, 35, 36, 37)
+HSTU_WGMMA(128, 64, __half, "f16", 64, 65, 66, 67, 68, 69)
+HSTU_WGMMA(128, 64, __nv_bfloat16, "bf16", 64, 65, 66, 67, 68, 69)
+HSTU_WGMMA(256, 128, __half, "f16", 128, 129, 130, 131, 132, 133)
+HSTU_WGMMA(256, 128, __nv_bfloat16, "bf16", 128, 129, 130, 131, 132, 133)
 
 }  // namespace hstu_ops::ptx

@@ -1,30 +1,34 @@
-// Attention forward without bias with Hopper's copy engine and asynchronous tensor cores.
+// Attention forward with Hopper's copy engine and asynchronous tensor cores.
 //
-// A block of threads stays on its SM and takes item after item (kRows queries of one head). In the first warpgroup
-// three warps find items and one requests tiles; the other warpgroups compute, 64 queries each, on what has arrived:
+// A block of threads stays on its SM and takes item after item (kRows queries of one head). In the first warpgroup one
+// warp finds items and one requests tiles; the other warpgroups compute, 64 queries each, on what has arrived:
 //
-//   find     | item i + 2 | item i + 3 ...
-//   load     | Q | K0 V0 | K1 V1 | K2 V2 ...           (the next item already while this one is computed)
+//   find     | item i + 1          (while item i is computed)
+//   load     | K0 Q V0 | K1 V1 | K2 V2 ...             (the next item already while this one is computed)
 //   compute  |  S0 = Q K0^T | S1 = Q K1^T, O += P0 V0 | S2 = Q K2^T, O += P1 V1 | ...
 //            |              P0 = silu(S0)        P1 = silu(S1) while the second product runs
 //
 // P never leaves the registers. Barriers, each with the arrivals that complete it:
 //
 //   job_full    the finding warp               job_empty    each computing warpgroup, and the loading warp
-//   query_full  the loading lane, the bytes    query_empty  each computing warpgroup
+//   query_full  the loading lane, the bytes    query_empty  each computing warpgroup, after its last use of Q
 //   key_full    the loading lane, the bytes    key_empty    each computing warpgroup; value_* likewise
 #pragma once
 
+#include <cmath>
+#include <type_traits>
+
 #include "core/launch.h"
+#include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
-#include "cuda/sm90/items.h"
+#include "cuda/sm90/config.h"
+#include "cuda/sm90/fwd_items.h"
 #include "cuda/sm90/ring.h"
+#include "cuda/sm90/store.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/tile/load.h"
-#include "cuda/tile/product.h"
-#include "cuda/tile/schedule.h"
+#include "cuda/sm90/tickets.h"
 #include "cuda/tile/score.h"
 #include "cuda/tile/walk.h"
 
@@ -34,22 +38,20 @@ struct FwdArguments {
   CUtensorMap q, k, v;
   AttentionFwdParams params;
   Schedule schedule;
+  Tickets tickets;
 };
 
-constexpr int kJobs = 4;     // items found ahead
-constexpr int kFinders = 3;  // warps that find them: one takes longer for an item than short sequences do
+constexpr int kJobs = 2;  // the item in work and the next: a longer queue would leave blocks idle at the end
 
 template <class C>
 struct FwdBarriers {
-  ptx::Mbarrier job_full[kJobs], job_empty[kJobs];
-  ptx::Mbarrier query_full[C::kQueryStages], query_empty[C::kQueryStages];
+  ptx::Mbarrier job_full[kJobs], job_empty[kJobs], query_full, query_empty;
   ptx::Mbarrier key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
 
   __device__ void init() {
     for (ptx::Mbarrier& b : job_full) b.init(1);
     for (ptx::Mbarrier& b : job_empty) b.init(C::kGroups + 1);
-    for (ptx::Mbarrier& b : query_full) b.init(1);
-    for (ptx::Mbarrier& b : query_empty) b.init(C::kGroups);
+    query_full.init(1), query_empty.init(C::kGroups);
     for (int i = 0; i < C::kStages; ++i) {
       key_full[i].init(1), value_full[i].init(1);
       key_empty[i].init(C::kGroups), value_empty[i].init(C::kGroups);
@@ -58,26 +60,23 @@ struct FwdBarriers {
   }
 };
 
-// What both roles see of shared memory.
+// What all roles see of shared memory.
 template <class C, class T>
 struct FwdStorage {
   using Panel = SmemTile<T, kPanel>;  // its swizzle is the copy engine's
 
   FwdBarriers<C>& barrier;
-  FwdJob (&jobs)[kJobs];
-  FwdTile (&tiles)[C::kStages];
-  uint32_t queries, keys, values;
+  FwdItem<C> (&jobs)[kJobs];
+  uint32_t queries, keys, values, staging;
 
-  __device__ FwdStorage(FwdBarriers<C>& barrier, FwdJob (&jobs)[kJobs], FwdTile (&tiles)[C::kStages],
-                        const unsigned char* memory)
-      : barrier(barrier), jobs(jobs), tiles(tiles) {
+  __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&jobs)[kJobs], const unsigned char* memory)
+      : barrier(barrier), jobs(jobs) {
     queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
-    keys = queries + C::kQueryStages * C::kQueryBytes;
+    keys = queries + C::kQueryBytes;
     values = keys + C::kStages * C::kKeyBytes;
+    staging = values + C::kStages * C::kKeyBytes;
   }
-  __device__ Panel query_panel(int stage, int panel) const {
-    return {queries + stage * C::kQueryBytes + panel * C::kRows * 128};
-  }
+  __device__ Panel query_panel(int panel) const { return {queries + panel * C::kRows * 128}; }
   __device__ Panel key_panel(int stage, int panel) const {
     return {keys + stage * C::kKeyBytes + panel * C::kCols * 128};
   }
@@ -86,36 +85,25 @@ struct FwdStorage {
   }
 };
 
-// ---- the finding warps ----
+// ---- the finding warp ----
 
-// Warp `finder` finds every kFinders-th item of the block.
 template <class C, class T>
-__device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>& shared, int finder) {
+__device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
   const AttentionProblem& problem = arguments.params.problem;
-  for (int64_t j = finder;; j += kFinders) {
-    // Every other round backwards: items get shorter along a group, so whoever had a long one gets a short one.
-    const int64_t round_first = j * gridDim.x, place = j % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const WorkItem item = find_work_inline<C::kRows, false>(arguments.schedule, round_first + place);
-    const bool more = item.block >= 0;
-    FwdJob& job = shared.jobs[j % kJobs];
-    shared.barrier.job_empty[j % kJobs].wait(j / kJobs % 2 ^ 1);
-    if (lane_id() == 0) {
-      job.more = more;
-      if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0};
-    }
+  WorkFinder<C::kRows, false> finder(arguments.schedule);
+  bool first = true, more = true;
+  for (Ring<kJobs> jobs; more; jobs.next()) {
+    FwdItem<C>& job = shared.jobs[jobs.stage];
+    shared.barrier.job_empty[jobs.stage].wait(jobs.round ^ 1);
+    const int64_t ticket = arguments.tickets.take(first);
+    const WorkItem item = finder.find(ticket);
+    first = false, more = item.block >= 0;
+    if (more) job.set(item, load_sequence(problem.jagged, problem.mask, item.sequence), ticket);
+    if (lane_id() == 0) job.more = more;
     __syncwarp();
-    if (more) {
-      const FwdTile tile = classify<C>(job.job, lane_id());
-      job.first_tiles[lane_id()] = tile;
-      __syncwarp();
-      FwdTile any;
-      const bool any_tile = FwdWalk<C>(job).next(any);
-      if (lane_id() == 0) job.any_tile = any_tile;
-    }
-    __syncwarp();
-    if (lane_id() == 0) shared.barrier.job_full[j % kJobs].arrive();
-    if (!more) return;
+    if (lane_id() == 0) shared.barrier.job_full[jobs.stage].arrive();
   }
+  if (lane_id() == 0) arguments.tickets.close();
 }
 
 // ---- the loading warp ----
@@ -124,70 +112,85 @@ template <class C, class T>
 struct FwdLoader {
   const FwdArguments& arguments;
   const FwdStorage<C, T>& shared;
-  Ring<C::kStages> tile_ring;
-  Ring<C::kQueryStages> query_ring;
+  Ring<C::kStages> ring;
+  unsigned query_round = 0;
 
   __device__ void load_queries(const Job& job) {
-    ptx::Mbarrier& full = shared.barrier.query_full[query_ring.stage];
-    shared.barrier.query_empty[query_ring.stage].wait(query_ring.round ^ 1);
+    FwdBarriers<C>& barrier = shared.barrier;
+    barrier.query_empty.wait(query_round ^ 1);
     if (lane_id() == 0) {
-      full.arrive_expect_tx(C::kQueryBytes);
+      barrier.query_full.arrive_expect_tx(C::kQueryBytes);
       const int row = static_cast<int>(job.sequence.begin_q) + job.item.block * C::kRows;
       for (int p = 0; p < C::kPanels; ++p)
-        ptx::tma_load_3d(shared.query_panel(query_ring.stage, p).base, arguments.q, full, p * kPanel, job.item.head,
-                         row);
+        ptx::tma_load_3d(shared.query_panel(p).base, arguments.q, barrier.query_full, p * kPanel, job.item.head, row);
     }
-    query_ring.next();
+    query_round ^= 1;
   }
 
-  __device__ void load_keys(const Job& job, FwdTile tile) {
-    const int stage = tile_ring.stage, row = static_cast<int>(job.sequence.begin_kv) + tile.tile() * C::kCols;
+  // The keys of a tile, or its values.
+  __device__ void load_tile(const CUtensorMap& map, ptx::Mbarrier& full, ptx::Mbarrier& empty, uint32_t to, int head,
+                            int row) const {
+    empty.wait(ring.round ^ 1);
+    if (lane_id() == 0) {
+      full.arrive_expect_tx(C::kKeyBytes);
+      for (int p = 0; p < C::kPanels; ++p) ptx::tma_load_3d(to + p * C::kCols * 128, map, full, p * kPanel, head, row);
+    }
+  }
+
+  __device__ void load_item(const FwdItem<C>& item) {
     FwdBarriers<C>& barrier = shared.barrier;
-    barrier.key_empty[stage].wait(tile_ring.round ^ 1);
-    if (lane_id() == 0) {
-      shared.tiles[stage] = tile;
-      barrier.key_full[stage].arrive_expect_tx(C::kKeyBytes);
-      for (int p = 0; p < C::kPanels; ++p)
-        ptx::tma_load_3d(shared.key_panel(stage, p).base, arguments.k, barrier.key_full[stage], p * kPanel,
-                         job.item.head, row);
+    const Job& job = item.job;
+    const TileSpans tiles = item.tiles();
+    const int head = job.item.head, begin = static_cast<int>(job.sequence.begin_kv);
+    bool queries = false;
+    for (int tile = tiles.next(-1); tile < tiles.end(); tile = tiles.next(tile)) {
+      const int stage = ring.stage, row = begin + tile * C::kCols;
+      load_tile(arguments.k, barrier.key_full[stage], barrier.key_empty[stage], shared.key_panel(stage, 0).base, head,
+                row);
+      if (!queries) load_queries(job), queries = true;  // behind the first keys, which need not wait for the item before
+      load_tile(arguments.v, barrier.value_full[stage], barrier.value_empty[stage], shared.value_panel(stage, 0).base,
+                head, row);
+      ring.next();
     }
-    barrier.value_empty[stage].wait(tile_ring.round ^ 1);
-    if (lane_id() == 0) {
-      barrier.value_full[stage].arrive_expect_tx(C::kKeyBytes);
-      for (int p = 0; p < C::kPanels; ++p)
-        ptx::tma_load_3d(shared.value_panel(stage, p).base, arguments.v, barrier.value_full[stage], p * kPanel,
-                         job.item.head, row);
-    }
-    tile_ring.next();
+    if (!queries) load_queries(job);
   }
 
   __device__ void run() {
-    for (Ring<kJobs> job_ring;; job_ring.next()) {
-      const FwdJob& job = shared.jobs[job_ring.stage];
-      shared.barrier.job_full[job_ring.stage].wait(job_ring.round);
+    if (lane_id() == 0)
+      for (const CUtensorMap* map : {&arguments.k, &arguments.q, &arguments.v}) ptx::prefetch_tensor_map(*map);
+    for (Ring<kJobs> jobs;; jobs.next()) {
+      const FwdItem<C>& job = shared.jobs[jobs.stage];
+      shared.barrier.job_full[jobs.stage].wait(jobs.round);
       if (!job.more) return;
-      load_queries(job.job);
-      FwdWalk<C> walk(job);
-      for (FwdTile tile; walk.next(tile);) load_keys(job.job, tile);
+      load_item(job);
       __syncwarp();
-      if (lane_id() == 0) shared.barrier.job_empty[job_ring.stage].arrive();
+      if (lane_id() == 0) shared.barrier.job_empty[jobs.stage].arrive();
     }
   }
 };
 
 // ---- a computing warpgroup ----
 
-template <class C, class T>
+__device__ __forceinline__ uint32_t scaled(uint32_t pair, float factor) {
+  const __nv_bfloat162 x = __hmul2(reinterpret_cast<const __nv_bfloat162&>(pair), __float2bfloat162_rn(factor));
+  return reinterpret_cast<const uint32_t&>(x);
+}
+
+// kFolded: Q takes alpha / 2, a power of two, before the products.
+template <class C, class T, bool kFolded>
 struct FwdComputer {
   using Scores = float[C::kCols / 2];
-  using Part = Accumulator<1, C::kPartCols / 8>;  // of the tile's columns: what the mask works on at a time
+  using Output = float[C::kDim / 2];
+  using Weights = uint32_t[C::kCols / 16][4];             // P, as an operand
+  using Part = Accumulator<1, C::kPartCols / 8>;          // of the tile's columns: what the mask works on at a time
+  using Queries = uint32_t[C::kQueryRegisters ? C::kDim / 16 : 1][4];
 
   const FwdArguments& arguments;
   const FwdStorage<C, T>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
   const float alpha = static_cast<float>(arguments.params.problem.alpha) * Score<T>::kArgument;
-  Ring<C::kStages> tile_ring;
-  Ring<C::kQueryStages> query_ring;
+  Ring<C::kStages> ring;
+  unsigned query_round = 0;
 
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ int warp_row() const { return group * 64 + thread() / 32 * 16; }
@@ -196,37 +199,57 @@ struct FwdComputer {
     if (thread() == 0) empty.arrive();
   }
 
-  // S = Q K^T, begun.
-  __device__ __forceinline__ void multiply_keys(Scores& s) const {
-    const ptx::Descriptor q(shared.query_panel(query_ring.stage, 0).base + group * 64 * 128),
-        k(shared.key_panel(tile_ring.stage, 0).base);
-    ptx::wgmma_fence();
+  // Waits for the item's queries and takes them into registers, if that is where they are used.
+  __device__ __forceinline__ void take_queries(Queries& q) {
+    shared.barrier.query_full.wait(query_round);
+    query_round ^= 1;
+    if constexpr (C::kQueryRegisters) {
 #pragma unroll
-    for (int step = 0; step < C::kDim / 16; ++step) {
-      const int panel = step / 4, inside = step % 4 * 32;
-      ptx::Wgmma<C::kCols, T>::multiply_rows(s, q.at(panel * C::kRows * 128 + inside),
-                                             k.at(panel * C::kCols * 128 + inside), step > 0);
+      for (int i = 0; i < C::kDim / 16; ++i) {
+        ptx::ldmatrix_x4(q[i], shared.query_panel(i / 4).at(warp_row() + lane_id() % 16, i % 4 * 2 + lane_id() / 16));
+        if constexpr (kFolded)
+          for (uint32_t& x : q[i]) x = scaled(x, alpha);
+      }
+      sync();
+      release(shared.barrier.query_empty);
+    }
+  }
+
+  // S = Q K^T, begun.
+  __device__ __forceinline__ void multiply_keys(const Queries& q, Scores& s) const {
+    const ptx::Descriptor k(shared.key_panel(ring.stage, 0).base);
+    ptx::wgmma_fence();
+    if constexpr (C::kQueryRegisters) {
+#pragma unroll
+      for (int i = 0; i < C::kDim / 16; ++i)
+        ptx::Wgmma<C::kCols, T>::multiply_fragment_rows(s, q[i], k.at(i / 4 * C::kCols * 128 + i % 4 * 32), i > 0);
+    } else {
+      const ptx::Descriptor rows(shared.query_panel(0).base + group * 64 * 128);
+#pragma unroll
+      for (int i = 0; i < C::kDim / 16; ++i)
+        ptx::Wgmma<C::kCols, T>::multiply_rows(s, rows.at(i / 4 * C::kRows * 128 + i % 4 * 32),
+                                               k.at(i / 4 * C::kCols * 128 + i % 4 * 32), i > 0);
     }
     ptx::wgmma_commit();
   }
 
-  // O += P V, begun.
-  __device__ __forceinline__ void multiply_values(float (&out)[C::kDim / 2], const uint32_t (&p)[C::kCols / 16][4],
-                                                  int stage) const {
-    const ptx::Descriptor v(shared.value_panel(stage, 0).base, C::kCols * 128);
+  // Waits for the values of a tile and begins O += P V.
+  __device__ __forceinline__ void multiply_values(Output& out, const Weights& p, int rows,
+                                                  const Ring<C::kStages>& at) const {
+    shared.barrier.value_full[at.stage].wait(at.round);
+    if (rows < C::kCols) clear_values(rows, at.stage);
+    const ptx::Descriptor v(shared.value_panel(at.stage, 0).base, C::kCols * 128);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < C::kCols / 16; ++step)
-      ptx::Wgmma<C::kDim, T>::multiply_fragment(out, p[step], v.at(step * 2048));
+    for (int i = 0; i < C::kCols / 16; ++i) ptx::Wgmma<C::kDim, T>::multiply_fragment(out, p[i], v.at(i * 2048));
     ptx::wgmma_commit();
   }
 
-  // Rows of V past the end of the sequence belong to others: 0 * NaN would be NaN. Every warpgroup writes the same
-  // zeros.
-  __device__ __forceinline__ void clear_values(const Job& job, int tile, int stage) const {
-    const int there = job.sequence.mask.len - tile * C::kCols;
-    if (there >= C::kCols) return;
-    for (int at = there * 8 + thread(); at < C::kCols * 8; at += 128)
+  // Rows of V from `rows` on are past the end of the sequence and belong to others: 0 * NaN would be NaN. Every
+  // warpgroup writes the same zeros.
+  __device__ __forceinline__ void clear_values(int rows, int stage) const {
+#pragma unroll 1
+    for (int at = rows * 8 + thread(); at < C::kCols * 8; at += 128)
 #pragma unroll
       for (int p = 0; p < C::kPanels; ++p)
         ptx::st_shared(shared.value_panel(stage, p).base + at * 16, make_uint4(0, 0, 0, 0));
@@ -234,180 +257,167 @@ struct FwdComputer {
     sync();
   }
 
-  __device__ __forceinline__ void activate(const Job& job, FwdTile tile, Scores& s) const {
-    const int row = job.sequence.first_row + job.item.block * C::kRows + warp_row();
+  __device__ __forceinline__ void activate(const Job& job, const GroupTiles& tiles, int tile, Scores& s) const {
 #pragma unroll
     for (int i = 0; i < C::kCols / C::kPartCols; ++i) {
       Part& part = reinterpret_cast<Part&>(s[i * C::kPartCols / 2]);
-      const int col = tile.tile() * C::kCols + i * C::kPartCols;
-      part.each([this](float& x, int, int) { x *= alpha; });
+      if constexpr (!kFolded) part.each([this](float& x, int, int) { x *= alpha; });
       Score<T>::activate(part);
-      if (!tile.covered(group)) mask_rows(job.sequence.mask, row, col, part);
     }
+    if (tiles.covers(tile)) return;
+    const int row = job.sequence.first_row + job.item.block * C::kRows + warp_row();
+#pragma unroll
+    for (int i = 0; i < C::kCols / C::kPartCols; ++i)
+      mask_rows(job.sequence.mask, row, tile * C::kCols + i * C::kPartCols,
+                reinterpret_cast<Part&>(s[i * C::kPartCols / 2]));
   }
 
-  __device__ __forceinline__ void round(const Scores& s, uint32_t (&p)[C::kCols / 16][4]) const {
+  __device__ __forceinline__ void round(const Scores& s, Weights& p) const {
 #pragma unroll
     for (int i = 0; i < C::kCols / 16; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) p[i][e] = pack(s[i * 8 + e * 2], s[i * 8 + e * 2 + 1], T{});
   }
 
-  // The tile that has arrived next; its keys are here, its values may not be.
-  __device__ __forceinline__ FwdTile await_tile() const {
-    shared.barrier.key_full[tile_ring.stage].wait(tile_ring.round);
-    return shared.tiles[tile_ring.stage];
+  __device__ __forceinline__ void await_keys() const { shared.barrier.key_full[ring.stage].wait(ring.round); }
+
+  // The keys of a tile are used up; after the last tile the queries are, too.
+  __device__ __forceinline__ void release_keys(const GroupTiles& tiles, int tile) const {
+    release(shared.barrier.key_empty[ring.stage]);
+    if (!C::kQueryRegisters && tile == tiles.kept.end() - 1) release(shared.barrier.query_empty);
   }
 
   // Gives back a tile of which this warpgroup keeps nothing. No values may be held: the loading warp would wait for
   // their stage.
   __device__ __forceinline__ void skip_tile() {
-    shared.barrier.value_full[tile_ring.stage].wait(tile_ring.round);
+    await_keys();
+    shared.barrier.value_full[ring.stage].wait(ring.round);
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
-    release(shared.barrier.key_empty[tile_ring.stage]);
-    release(shared.barrier.value_empty[tile_ring.stage]);
-    tile_ring.next();
+    release(shared.barrier.key_empty[ring.stage]);
+    release(shared.barrier.value_empty[ring.stage]);
+    ring.next();
   }
 
-  // Waits for the tile's values and begins their product.
-  __device__ __forceinline__ void begin_values(const Job& job, FwdTile tile, Ring<C::kStages> at,
-                                               float (&out)[C::kDim / 2], const uint32_t (&p)[C::kCols / 16][4]) const {
-    shared.barrier.value_full[at.stage].wait(at.round);
-    clear_values(job, tile.tile(), at.stage);
-    multiply_values(out, p, at.stage);
-  }
-
-  // One run of tiles of which this warpgroup keeps something, the first of which has arrived. Returns its last tile.
-  __device__ __forceinline__ FwdTile compute_run(const Job& job, FwdTile tile, float (&out)[C::kDim / 2]) {
+  // Tiles [tile, end), of each of which this warpgroup keeps something.
+  __device__ __forceinline__ void compute_run(const Job& job, const GroupTiles& tiles, int len, int tile, int end,
+                                              const Queries& q, Output& out) {
     FwdBarriers<C>& barrier = shared.barrier;
     Scores s;
-    uint32_t p[C::kCols / 16][4];
-    Ring<C::kStages> current = tile_ring;
-    multiply_keys(s);
+    Weights p;
+    await_keys();
+    multiply_keys(q, s);
     ptx::wgmma_wait<0>();
-    release(barrier.key_empty[current.stage]);
-    tile_ring.next();
-    activate(job, tile, s);
+    release_keys(tiles, tile);
+    activate(job, tiles, tile, s);
     round(s, p);
-    while (!tile.last()) {
-      const FwdTile next = await_tile();
-      if (!next.kept(group)) break;
-      multiply_keys(s);
-      begin_values(job, tile, current, out, p);
+    Ring<C::kStages> current = ring;
+    ring.next();
+    for (++tile; tile < end; ++tile) {
+      await_keys();
+      multiply_keys(q, s);
+      multiply_values(out, p, C::kCols, current);
       ptx::wgmma_wait<1>();
-      release(barrier.key_empty[tile_ring.stage]);
-      activate(job, next, s);
+      release_keys(tiles, tile);
+      activate(job, tiles, tile, s);
       ptx::wgmma_wait<0>();
       release(barrier.value_empty[current.stage]);
       round(s, p);
-      tile = next;
-      current = tile_ring;
-      tile_ring.next();
+      current = ring;
+      ring.next();
     }
-    begin_values(job, tile, current, out, p);
+    multiply_values(out, p, len - (end - 1) * C::kCols, current);  // the last tile alone may end past the sequence
     ptx::wgmma_wait<0>();
     release(barrier.value_empty[current.stage]);
-    return tile;
   }
 
-  __device__ __forceinline__ void compute(const Job& job, float (&out)[C::kDim / 2]) {
-    FwdTile tile;
-    do {
-      tile = await_tile();
-      if (tile.kept(group)) {
-        tile = compute_run(job, tile, out);
+  __device__ __forceinline__ void compute(const FwdItem<C>& item, Output& out) {
+    const TileSpans walk = item.tiles();
+    const GroupTiles tiles = item.groups[group];
+    Queries q;
+    take_queries(q);
+    if (!C::kQueryRegisters && tiles.kept.end() == 0) release(shared.barrier.query_empty);
+    for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
+      if (tiles.kept.has(tile)) {
+        const int end = tiles.run_end(tile);
+        compute_run(item.job, tiles, item.job.sequence.mask.len, tile, end, q, out);
+        tile = end - 1;
       } else {
         skip_tile();
       }
-    } while (!tile.last());
-  }
-
-  // Through the warp's own rows of Q, so that global writes are whole rows.
-  __device__ __forceinline__ void store(const Job& job, const float (&out)[C::kDim / 2]) const {
-    const AttentionFwdParams& params = arguments.params;
-    const int first = job.item.block * C::kRows + warp_row();
-    const RowScale scale(params.problem.scale, job.item.sequence, job.sequence.begin_q);
-    const GlobalRows<T> to(params.out, job.sequence.begin_q, job.item.head, params.problem.dim_v);
-    sync();  // all four warps are done with Q
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-      const auto tile = shared.query_panel(query_ring.stage, panel);
-      put_accumulator<T>(tile, warp_row(), 0, reinterpret_cast<const Accumulator<1, 8>&>(out[panel * 32]), [&](int r) {
-        const int query = first + r + lane_row();
-        return query < job.sequence.num_q ? scale(query) : 0.f;
-      });
-      __syncwarp();
-      GlobalRows<T> columns = to;
-      columns.data += panel * kPanel;
-      columns.dim -= panel * kPanel;
-      store_tile<16, 32>(tile, warp_row(), columns, first, job.sequence.num_q, lane_id());
     }
-    ptx::fence_proxy_async();  // the copy engine writes these rows next
-    sync();
   }
 
   __device__ void run() {
-    Ring<kJobs> job_ring;
-    for (;; job_ring.next()) {
-      shared.barrier.job_full[job_ring.stage].wait(job_ring.round);
-      if (!shared.jobs[job_ring.stage].more) return;
-      const Job& job = shared.jobs[job_ring.stage].job;
-      shared.barrier.query_full[query_ring.stage].wait(query_ring.round);
-      float out[C::kDim / 2];
+    const AttentionFwdParams& params = arguments.params;
+    for (Ring<kJobs> jobs;; jobs.next()) {
+      shared.barrier.job_full[jobs.stage].wait(jobs.round);
+      const FwdItem<C>& item = shared.jobs[jobs.stage];
+      if (!item.more) return;
+      const Job& job = item.job;
+      Output out;
 #pragma unroll
       for (float& x : out) x = 0.f;
-      if (shared.jobs[job_ring.stage].any_tile) compute(job, out);
-      store(job, out);
-      release(shared.barrier.query_empty[query_ring.stage]);
-      release(shared.barrier.job_empty[job_ring.stage]);
-      query_ring.next();
+      compute(item, out);
+      store_output<T>({shared.staging + warp_row() * 128}, params, job, job.item.block * C::kRows + warp_row(), out);
+      sync();  // all four warps are done with the job
+      release(shared.barrier.job_empty[jobs.stage]);
     }
   }
 };
 
 // ---- kernel and launch ----
 
-template <class C, class T>
+template <class C, class T, bool kFolded>
 __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
   extern __shared__ unsigned char memory[];
   __shared__ FwdBarriers<C> barriers;
-  __shared__ FwdJob jobs[kJobs];
-  __shared__ FwdTile tiles[C::kStages];
-  const FwdStorage<C, T> shared(barriers, jobs, tiles, memory);
-  if (threadIdx.x == 0) barriers.init();
+  __shared__ FwdItem<C> jobs[kJobs];
+  const FwdStorage<C, T> shared(barriers, jobs, memory);
+  if (threadIdx.x == 0) {
+    barriers.init();
+    if (blockIdx.x == 0) arguments.tickets.open();
+  }
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
-      FwdLoader<C, T>{arguments, shared, {}, {}}.run();
-    } else {
-      find_items(arguments, shared, warp - 1);
+      FwdLoader<C, T>{arguments, shared, {}}.run();
+    } else if (warp == 1) {
+      find_items(arguments, shared);
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
-    FwdComputer<C, T>{arguments, shared}.run();
+    FwdComputer<C, T, kFolded>{arguments, shared}.run();
   }
 }
 
 template <class T, int kDim>
-Status attention_fwd(const AttentionFwdParams& params, int processors, cudaStream_t stream) {
+Status attention_fwd(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
   using C = FwdConfig<kDim>;
   const AttentionProblem& a = params.problem;
-  FwdArguments arguments{{}, {}, {}, params, query_schedule(a)};
+  const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
+  FwdArguments arguments{{}, {}, {}, params, query_schedule(a), Tickets(items > processors ? workspace : nullptr)};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
   if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk, C::kRows); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
-  const auto kernel = attention_fwd_kernel<C, T>;
-  HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-  const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
-  kernel<<<static_cast<unsigned>(items < processors ? items : processors), C::kThreads, C::kSharedBytes, stream>>>(
-      arguments);
-  HSTU_TRY(cudaGetLastError());
-  return {};
+  const auto launch = [&](auto kernel) -> Status {
+    HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+    kernel<<<static_cast<unsigned>(items < processors ? items : processors), C::kThreads, C::kSharedBytes, stream>>>(
+        arguments);
+    HSTU_TRY(cudaGetLastError());
+    return {};
+  };
+  // Half the range of bfloat16 is left to the products of Q scaled; float16 would lose small numbers.
+  constexpr bool kMayFold = C::kQueryRegisters && kDim == 64 && std::is_same_v<T, __nv_bfloat16>;
+  int exponent;
+  if constexpr (kMayFold)
+    if (std::frexp(a.alpha, &exponent) == 0.5 && exponent > -32 && exponent < 32)
+      return launch(attention_fwd_kernel<C, T, true>);
+  return launch(attention_fwd_kernel<C, T, false>);
 }
 
 }  // namespace hstu_ops::cuda::sm90

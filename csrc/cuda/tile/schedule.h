@@ -1,6 +1,6 @@
 // Who does what. Work items are (block of rows, head) of real sequences only: every warp finds its item from the
-// offsets by itself, without shared memory, host or a second kernel. Items are walked in groups of sequences whose keys
-// fit the L2, longest first inside a group. Any content of the offsets gives a complete walk: a block of threads takes
+// offsets by itself, without shared memory, host or a second kernel. Items are walked in groups of sequences and heads
+// whose keys fit the L2, longest first inside a group. Any content of the offsets gives a complete walk: a block of threads takes
 // items until there are none.
 #pragma once
 
@@ -25,7 +25,8 @@ struct Schedule {
   IntArray offsets;  // of the rows that are cut into blocks
   int64_t total = 0;
   int batch = 0, heads = 1;
-  int group = 1;  // sequences a group, a power of two up to 128
+  int group = 1;       // sequences a group, a power of two up to 128
+  int head_group = 1;  // heads a group, a divisor of `heads`
 };
 
 constexpr int kChunk = 128;  // sequences examined at a time, four a lane
@@ -73,49 +74,83 @@ __device__ __forceinline__ void pick_descending(const int (&count)[4], int rank,
   }
 }
 
-// Item `index`; block -1 past the last one. kAscending: the lowest block of a sequence is its longest.
+// Finds items; keeps what it has learned for the next one. kAscending: the lowest block of a sequence is its longest.
 template <int kRows, bool kAscending>
-__device__ __forceinline__ WorkItem find_work_inline(const Schedule& s, int64_t index) {
-  WorkItem item = {0, 0, -1};
-  if (index > 0xffffffff) return item;  // only ill-formed offsets make so many items
-  const unsigned heads = s.heads, tile = static_cast<unsigned>(index) / heads;
-  item.head = static_cast<int>(static_cast<unsigned>(index) - tile * heads);
-  int64_t before = 0;
-  for (int chunk = 0; chunk < s.batch; chunk += kChunk) {
+class WorkFinder {
+ public:
+  __device__ explicit WorkFinder(const Schedule& schedule) : s_(schedule) {}
+
+  // Item `index`, no lower than the one before; block -1 past the last one.
+  __device__ __forceinline__ WorkItem find(int64_t index) {
+    WorkItem item = {0, 0, -1};
+    if (index > 0xffffffff) return item;  // only ill-formed offsets make so many items
+    const unsigned heads = s_.heads, tile = static_cast<unsigned>(index) / heads;
+    item.head = static_cast<int>(static_cast<unsigned>(index) - tile * heads);
+    while (tile >= chunk_end_)
+      if (!next_chunk()) return item;
+    if (tile >= group_end_) find_group(tile);
+    const unsigned size = group_end_ - group_begin_;
+    unsigned rank = tile - group_begin_;
+    if (s_.head_group < s_.heads) {  // the items of the sequences in the group, one group of heads after the other
+      const unsigned local = rank * heads + item.head, hg = s_.head_group;
+      const unsigned before = local / (size * hg), inside = local - before * size * hg;
+      rank = inside / hg;
+      item.head = static_cast<int>(before * hg + inside % hg);
+    }
     int count[4];
-    load_counts<kRows>(s, chunk + 4 * lane_id(), count);
-    const int mine = count[0] + count[1] + count[2] + count[3];
-    const int inclusive = warp_inclusive_sum(mine);
-    const int total = __shfl_sync(~0u, inclusive, 31);
-    if (tile >= before + total) {
-      before += total;
-      continue;
-    }
-    int rank = static_cast<int>(tile - before);
-    int end = inclusive - mine, at = kChunk;  // first sequence of this lane that ends past `rank`
 #pragma unroll
-    for (int k = 3; k >= 0; --k) {
-      int sum = end;
-#pragma unroll
-      for (int i = 0; i <= k; ++i) sum += count[i];
-      if (sum > rank) at = 4 * lane_id() + k;
-    }
-    const int first = __reduce_min_sync(~0u, at) / s.group * s.group;
-    int skipped = 0, kept = 0;  // blocks before and in the group
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int i = 4 * lane_id() + k;
-      if (i < first) skipped += count[k];
-      if (i < first || i >= first + s.group) count[k] = 0;
-      kept += count[k];
-    }
-    rank -= __reduce_add_sync(~0u, skipped);
-    if (kAscending) rank = __reduce_add_sync(~0u, kept) - 1 - rank;
-    pick_descending(count, rank, item.sequence, item.block);
-    item.sequence += chunk;
+    for (int k = 0; k < 4; ++k) count[k] = in_group(k) ? count_[k] : 0;
+    pick_descending(count, static_cast<int>(kAscending ? size - 1 - rank : rank), item.sequence, item.block);
+    item.sequence += chunk_;
     return item;
   }
-  return item;
+
+ private:
+  __device__ bool in_group(int k) const {
+    const int i = 4 * lane_id() + k;
+    return i >= group_ && i < group_ + s_.group;
+  }
+  __device__ __forceinline__ bool next_chunk() {
+    chunk_ += kChunk;
+    if (chunk_ >= s_.batch) return false;
+    load_counts<kRows>(s_, chunk_ + 4 * lane_id(), count_);
+    const int mine = count_[0] + count_[1] + count_[2] + count_[3];
+    const int inclusive = warp_inclusive_sum(mine);
+    before_ = chunk_end_ + inclusive - mine;
+    group_end_ = chunk_end_;
+    chunk_end_ += __shfl_sync(~0u, inclusive, 31);
+    return true;
+  }
+  __device__ __forceinline__ void find_group(unsigned tile) {
+    unsigned end = before_;
+    int at = kChunk;  // first sequence of this lane that ends past `tile`
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      end += count_[k];
+      if (at == kChunk && end > tile) at = 4 * lane_id() + k;
+    }
+    group_ = __reduce_min_sync(~0u, at) / s_.group * s_.group;
+    unsigned kept = 0, skipped = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      kept += in_group(k) ? count_[k] : 0;
+      skipped += 4 * lane_id() + k < group_ ? count_[k] : 0;
+    }
+    const unsigned chunk_begin = __shfl_sync(~0u, before_, 0);
+    group_begin_ = chunk_begin + __reduce_add_sync(~0u, skipped);
+    group_end_ = group_begin_ + __reduce_add_sync(~0u, kept);
+  }
+
+  const Schedule& s_;
+  int count_[4] = {0, 0, 0, 0};            // blocks of this lane's sequences
+  int chunk_ = -kChunk, group_ = 0;        // first sequence examined; first of the group, from there
+  unsigned before_ = 0, chunk_end_ = 0;    // blocks before this lane's sequences, and up to the end of the chunk
+  unsigned group_begin_ = 0, group_end_ = 0;  // blocks before and up to the end of the group
+};
+
+template <int kRows, bool kAscending>
+__device__ __forceinline__ WorkItem find_work_inline(const Schedule& s, int64_t index) {
+  return WorkFinder<kRows, kAscending>(s).find(index);
 }
 
 // The same, not inlined: it shares no registers with the rest of a kernel.
@@ -126,21 +161,26 @@ __device__ __noinline__ WorkItem find_work(const Schedule& s, int64_t index) {
 
 // ---- host ----
 
-// Keys and values of the sequences of a group take about 16 MB: what an L2 holds beside everything else.
-inline int sequences_a_group(const AttentionProblem& a, int element_bytes) {
+// Keys and values of a group take about 16 MB: what an L2 holds beside everything else.
+inline void set_groups(Schedule& s, const AttentionProblem& a, int element_bytes) {
   constexpr double kBytes = 16e6;
   const JaggedParams& j = a.jagged;
-  const double bytes =
-      static_cast<double>(j.total_kv) * a.heads * (a.dim_qk + a.dim_v) * element_bytes / max_int(j.batch, 1);
-  int group = 1;
-  while (group < kChunk && 2 * group * bytes <= kBytes) group *= 2;
-  return group;
+  const double bytes = static_cast<double>(j.total_kv) * (a.dim_qk + a.dim_v) * element_bytes / max_int(j.batch, 1);
+  while (s.group < kChunk && 2 * s.group * a.heads * bytes <= kBytes) s.group *= 2;
+  s.head_group = a.heads;
+  while (s.head_group > 1 && (a.heads % s.head_group != 0 || s.group * s.head_group * bytes > kBytes)) --s.head_group;
 }
 
 inline int element_bytes(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
 
 inline Schedule key_schedule(const AttentionProblem& a) {
-  return {a.jagged.offsets, a.jagged.total_kv, a.jagged.batch, a.heads, sequences_a_group(a, element_bytes(a.dtype))};
+  Schedule s;
+  s.offsets = a.jagged.offsets;
+  s.total = a.jagged.total_kv;
+  s.batch = a.jagged.batch;
+  s.heads = a.heads;
+  set_groups(s, a, element_bytes(a.dtype));
+  return s;
 }
 
 inline Schedule query_schedule(const AttentionProblem& a) {

@@ -1,0 +1,59 @@
+// Numbers handed out to the blocks of a launch, each once: whoever is free takes the next item.
+//
+// The memory holds anything at the start, so block 0 writes the counters and then a tag that no other launch has;
+// everybody else waits for the tag. Whoever asks last takes it away, so that a replay of the same launch starts anew.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "cuda/ptx/memory.h"
+#include "cuda/tile/layout.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+struct TicketCounters {
+  unsigned long long tag;
+  unsigned next, done;
+};
+
+class Tickets {
+ public:
+  Tickets() = default;
+  // `memory`: room for TicketCounters; null: each block takes one item, that of its own number.
+  explicit Tickets(void* memory) : counters_(static_cast<TicketCounters*>(memory)) {
+    static std::atomic<unsigned long long> launches{0};
+    unsigned long long x = ++launches * 0x9e3779b97f4a7c15ull;  // mixed: small numbers are what memory is full of
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    tag_ = x ^ x >> 27;
+  }
+
+  // Once in block 0, before anyone can get a ticket.
+  __device__ void open() const {
+    if (!counters_) return;
+    counters_->next = gridDim.x, counters_->done = 0;
+    ptx::st_release(&counters_->tag, tag_);
+  }
+  // The next number, by a warp; a block's first is its own.
+  __device__ int64_t take(bool first) const {
+    if (first) return blockIdx.x;
+    if (!counters_) return INT64_MAX;
+    unsigned ticket = 0;
+    if (lane_id() == 0) {
+      while (ptx::ld_acquire(&counters_->tag) != tag_) {
+      }
+      ticket = atomicAdd(&counters_->next, 1u);
+    }
+    return __shfl_sync(~0u, ticket, 0);
+  }
+  // Once in each block, when it has taken its last.
+  __device__ void close() const {
+    if (counters_ && atomicAdd(&counters_->done, 1u) == gridDim.x - 1) counters_->tag = 0;
+  }
+
+ private:
+  TicketCounters* counters_ = nullptr;
+  unsigned long long tag_ = 0;
+};
+
+}  // namespace hstu_ops::cuda::sm90
