@@ -10,15 +10,17 @@
 //
 // P never leaves the registers. Barriers, each with the arrivals that complete it:
 //
-//   job_full    the finding warp               job_empty    each computing warpgroup, and the loading warp
+//   item_full    the finding warp               item_empty    each computing warpgroup, and the loading warp
 //   query_full  the loading lane, the bytes    query_empty  each computing warpgroup, after its last use of Q
 //   key_full    the loading lane, the bytes    key_empty    each computing warpgroup; value_* likewise
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <type_traits>
 
 #include "core/launch.h"
+#include "cuda/ptx/cluster.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/tma.h"
@@ -41,16 +43,16 @@ struct FwdArguments {
   Tickets tickets;
 };
 
-constexpr int kJobs = 2;  // the item in work and the next: a longer queue would leave blocks idle at the end
+constexpr int kItems = 3;  // the item in work and the next two: a longer queue would leave blocks idle at the end
 
 template <class C>
 struct FwdBarriers {
-  ptx::Mbarrier job_full[kJobs], job_empty[kJobs], query_full, query_empty;
+  ptx::Mbarrier item_full[kItems], item_empty[kItems], query_full, query_empty;
   ptx::Mbarrier key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
 
   __device__ void init() {
-    for (ptx::Mbarrier& b : job_full) b.init(1);
-    for (ptx::Mbarrier& b : job_empty) b.init(C::kGroups + 1);
+    for (ptx::Mbarrier& b : item_full) b.init(1);
+    for (ptx::Mbarrier& b : item_empty) b.init(C::kGroups + 1);
     query_full.init(1), query_empty.init(C::kGroups);
     for (int i = 0; i < C::kStages; ++i) {
       key_full[i].init(1), value_full[i].init(1);
@@ -66,11 +68,11 @@ struct FwdStorage {
   using Panel = SmemTile<T, kPanel>;  // its swizzle is the copy engine's
 
   FwdBarriers<C>& barrier;
-  FwdItem<C> (&jobs)[kJobs];
+  FwdItem<C> (&items)[kItems];
   uint32_t queries, keys, values, staging;
 
-  __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&jobs)[kJobs], const unsigned char* memory)
-      : barrier(barrier), jobs(jobs) {
+  __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
+      : barrier(barrier), items(items) {
     queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
     keys = queries + C::kQueryBytes;
     values = keys + C::kStages * C::kKeyBytes;
@@ -92,16 +94,18 @@ __device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>
   const AttentionProblem& problem = arguments.params.problem;
   WorkFinder<C::kRows, false> finder(arguments.schedule);
   bool first = true, more = true;
-  for (Ring<kJobs> jobs; more; jobs.next()) {
-    FwdItem<C>& job = shared.jobs[jobs.stage];
-    shared.barrier.job_empty[jobs.stage].wait(jobs.round ^ 1);
+  for (Ring<kItems> at; more; at.next()) {
+    FwdItem<C>& job = shared.items[at.stage];
+    shared.barrier.item_empty[at.stage].wait(at.round ^ 1);
     const int64_t ticket = arguments.tickets.take(first);
     const WorkItem item = finder.find(ticket);
     first = false, more = item.block >= 0;
-    if (more) job.set(item, load_sequence(problem.jagged, problem.mask, item.sequence), ticket);
+    if (more)
+      job.set(item, load_sequence(problem.jagged, problem.mask, item.sequence), ticket, ptx::cluster_rank(),
+              ptx::cluster_size());
     if (lane_id() == 0) job.more = more;
     __syncwarp();
-    if (lane_id() == 0) shared.barrier.job_full[jobs.stage].arrive();
+    if (lane_id() == 0) shared.barrier.item_full[at.stage].arrive();
   }
   if (lane_id() == 0) arguments.tickets.close();
 }
@@ -115,14 +119,15 @@ struct FwdLoader {
   Ring<C::kStages> ring;
   unsigned query_round = 0;
 
-  __device__ void load_queries(const Job& job) {
+  __device__ void load_queries(const FwdItem<C>& item) {
     FwdBarriers<C>& barrier = shared.barrier;
     barrier.query_empty.wait(query_round ^ 1);
     if (lane_id() == 0) {
       barrier.query_full.arrive_expect_tx(C::kQueryBytes);
-      const int row = static_cast<int>(job.sequence.begin_q) + job.item.block * C::kRows;
+      const int row = static_cast<int>(item.job.sequence.begin_q) + item.first;
       for (int p = 0; p < C::kPanels; ++p)
-        ptx::tma_load_3d(shared.query_panel(p).base, arguments.q, barrier.query_full, p * kPanel, job.item.head, row);
+        ptx::tma_load_3d(shared.query_panel(p).base, arguments.q, barrier.query_full, p * kPanel, item.job.item.head,
+                         row);
     }
     query_round ^= 1;
   }
@@ -147,24 +152,25 @@ struct FwdLoader {
       const int stage = ring.stage, row = begin + tile * C::kCols;
       load_tile(arguments.k, barrier.key_full[stage], barrier.key_empty[stage], shared.key_panel(stage, 0).base, head,
                 row);
-      if (!queries) load_queries(job), queries = true;  // behind the first keys, which need not wait for the item before
+      if (!queries)
+        load_queries(item), queries = true;  // behind the first keys, which need not wait for the item before
       load_tile(arguments.v, barrier.value_full[stage], barrier.value_empty[stage], shared.value_panel(stage, 0).base,
                 head, row);
       ring.next();
     }
-    if (!queries) load_queries(job);
+    if (!queries) load_queries(item);
   }
 
   __device__ void run() {
     if (lane_id() == 0)
       for (const CUtensorMap* map : {&arguments.k, &arguments.q, &arguments.v}) ptx::prefetch_tensor_map(*map);
-    for (Ring<kJobs> jobs;; jobs.next()) {
-      const FwdItem<C>& job = shared.jobs[jobs.stage];
-      shared.barrier.job_full[jobs.stage].wait(jobs.round);
+    for (Ring<kItems> at;; at.next()) {
+      const FwdItem<C>& job = shared.items[at.stage];
+      shared.barrier.item_full[at.stage].wait(at.round);
       if (!job.more) return;
       load_item(job);
       __syncwarp();
-      if (lane_id() == 0) shared.barrier.job_empty[jobs.stage].arrive();
+      if (lane_id() == 0) shared.barrier.item_empty[at.stage].arrive();
     }
   }
 };
@@ -181,8 +187,8 @@ template <class C, class T, bool kFolded>
 struct FwdComputer {
   using Scores = float[C::kCols / 2];
   using Output = float[C::kDim / 2];
-  using Weights = uint32_t[C::kCols / 16][4];             // P, as an operand
-  using Part = Accumulator<1, C::kPartCols / 8>;          // of the tile's columns: what the mask works on at a time
+  using Weights = uint32_t[C::kCols / 16][4];  // P, as an operand
+  using Tile = Accumulator<1, C::kCols / 8>;   // the scores again
   using Queries = uint32_t[C::kQueryRegisters ? C::kDim / 16 : 1][4];
 
   const FwdArguments& arguments;
@@ -257,19 +263,17 @@ struct FwdComputer {
     sync();
   }
 
-  __device__ __forceinline__ void activate(const Job& job, const GroupTiles& tiles, int tile, Scores& s) const {
-#pragma unroll
-    for (int i = 0; i < C::kCols / C::kPartCols; ++i) {
-      Part& part = reinterpret_cast<Part&>(s[i * C::kPartCols / 2]);
-      if constexpr (!kFolded) part.each([this](float& x, int, int) { x *= alpha; });
-      Score<T>::activate(part);
-    }
-    if (tiles.covers(tile)) return;
-    const int row = job.sequence.first_row + job.item.block * C::kRows + warp_row();
-#pragma unroll
-    for (int i = 0; i < C::kCols / C::kPartCols; ++i)
-      mask_rows(job.sequence.mask, row, tile * C::kCols + i * C::kPartCols,
-                reinterpret_cast<Part&>(s[i * C::kPartCols / 2]));
+  // Which columns of a tile row `lane` of this warp keeps.
+  __device__ __forceinline__ uint64_t keep_bits(const FwdItem<C>& item, int tile) const {
+    const Sequence& s = item.job.sequence;
+    return row_bits(s.mask, s.first_row + item.first + warp_row() + lane_id(), tile * C::kCols);
+  }
+
+  __device__ __forceinline__ void activate(Scores& s, bool covered, uint64_t keep) const {
+    Tile& tile = reinterpret_cast<Tile&>(s);
+    if constexpr (!kFolded) tile.each([this](float& x, int, int) { x *= alpha; });
+    Score<T>::activate(tile);
+    if (!covered) mask_rows(keep, tile);
   }
 
   __device__ __forceinline__ void round(const Scores& s, Weights& p) const {
@@ -298,34 +302,40 @@ struct FwdComputer {
     ring.next();
   }
 
-  // Tiles [tile, end), of each of which this warpgroup keeps something.
-  __device__ __forceinline__ void compute_run(const Job& job, const GroupTiles& tiles, int len, int tile, int end,
+  // Tiles [tile, end), of each of which this warpgroup keeps something. The mask is worked out while no scores take
+  // registers.
+  __device__ __forceinline__ void compute_run(const FwdItem<C>& item, const GroupTiles& tiles, int tile, int end,
                                               const Queries& q, Output& out) {
     FwdBarriers<C>& barrier = shared.barrier;
     Scores s;
     Weights p;
+    bool covered = tiles.covers(tile);
+    uint64_t keep = covered ? 0 : keep_bits(item, tile);
     await_keys();
     multiply_keys(q, s);
     ptx::wgmma_wait<0>();
     release_keys(tiles, tile);
-    activate(job, tiles, tile, s);
+    activate(s, covered, keep);
     round(s, p);
     Ring<C::kStages> current = ring;
     ring.next();
     for (++tile; tile < end; ++tile) {
+      covered = tiles.covers(tile);
+      keep = covered ? 0 : keep_bits(item, tile);
       await_keys();
       multiply_keys(q, s);
       multiply_values(out, p, C::kCols, current);
       ptx::wgmma_wait<1>();
       release_keys(tiles, tile);
-      activate(job, tiles, tile, s);
+      activate(s, covered, keep);
       ptx::wgmma_wait<0>();
       release(barrier.value_empty[current.stage]);
       round(s, p);
       current = ring;
       ring.next();
     }
-    multiply_values(out, p, len - (end - 1) * C::kCols, current);  // the last tile alone may end past the sequence
+    // The last tile alone may end past the sequence.
+    multiply_values(out, p, item.job.sequence.mask.len - (end - 1) * C::kCols, current);
     ptx::wgmma_wait<0>();
     release(barrier.value_empty[current.stage]);
   }
@@ -335,11 +345,11 @@ struct FwdComputer {
     const GroupTiles tiles = item.groups[group];
     Queries q;
     take_queries(q);
-    if (!C::kQueryRegisters && tiles.kept.end() == 0) release(shared.barrier.query_empty);
+    if (!C::kQueryRegisters && tiles.none()) release(shared.barrier.query_empty);
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       if (tiles.kept.has(tile)) {
         const int end = tiles.run_end(tile);
-        compute_run(item.job, tiles, item.job.sequence.mask.len, tile, end, q, out);
+        compute_run(item, tiles, tile, end, q, out);
         tile = end - 1;
       } else {
         skip_tile();
@@ -347,20 +357,29 @@ struct FwdComputer {
     }
   }
 
+  __device__ __forceinline__ void store(const FwdItem<C>& item, const Output& out) const {
+    const int first = item.first + warp_row();
+    if (ptx::cluster_size() == 1) {
+      store_output<T>({shared.staging + warp_row() * 128}, arguments.params, item.job, first, out);
+    } else {
+      constexpr int kThreads = 128 * C::kGroups;
+      ptx::named_barrier_sync(1 + C::kGroups, kThreads);  // nobody needs the tiles any more
+      store_sum<T, kThreads>(shared.keys, threadIdx.x - 128, arguments.params, item.job, first, out);
+    }
+  }
+
   __device__ void run() {
-    const AttentionFwdParams& params = arguments.params;
-    for (Ring<kJobs> jobs;; jobs.next()) {
-      shared.barrier.job_full[jobs.stage].wait(jobs.round);
-      const FwdItem<C>& item = shared.jobs[jobs.stage];
+    for (Ring<kItems> at;; at.next()) {
+      shared.barrier.item_full[at.stage].wait(at.round);
+      const FwdItem<C>& item = shared.items[at.stage];
       if (!item.more) return;
-      const Job& job = item.job;
       Output out;
 #pragma unroll
       for (float& x : out) x = 0.f;
       compute(item, out);
-      store_output<T>({shared.staging + warp_row() * 128}, params, job, job.item.block * C::kRows + warp_row(), out);
-      sync();  // all four warps are done with the job
-      release(shared.barrier.job_empty[jobs.stage]);
+      store(item, out);
+      sync();  // all four warps are done with the item
+      release(shared.barrier.item_empty[at.stage]);
     }
   }
 };
@@ -371,8 +390,8 @@ template <class C, class T, bool kFolded>
 __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
   extern __shared__ unsigned char memory[];
   __shared__ FwdBarriers<C> barriers;
-  __shared__ FwdItem<C> jobs[kJobs];
-  const FwdStorage<C, T> shared(barriers, jobs, memory);
+  __shared__ FwdItem<C> items[kItems];
+  const FwdStorage<C, T> shared(barriers, items, memory);
   if (threadIdx.x == 0) {
     barriers.init();
     if (blockIdx.x == 0) arguments.tickets.open();
@@ -392,32 +411,58 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
   }
 }
 
+// Into how many parts the keys of each item are cut where there are too few items to fill the processors.
+template <class C>
+int key_parts(const AttentionProblem& a, int processors) {
+  const JaggedParams& j = a.jagged;
+  const int64_t blocks = j.total_q / C::kRows > j.batch ? j.total_q / C::kRows : j.batch;
+  const int64_t tiles = j.total_kv / j.batch / C::kCols;
+  int parts = 1;
+  while (parts < 8 && 2 * parts * blocks * a.heads <= processors && 8 * parts <= tiles) parts *= 2;
+  return parts;
+}
+
+template <class C, auto kKernel>
+Status launch(const FwdArguments& arguments, unsigned blocks, unsigned cluster, cudaStream_t stream) {
+  static std::atomic<uint64_t> allowed{0};  // devices on which the kernel may have its shared memory
+  int device = 0;
+  HSTU_TRY(cudaGetDevice(&device));
+  if (device >= 64 || !(allowed >> device & 1)) {
+    HSTU_TRY(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+    if (device < 64) allowed |= uint64_t{1} << device;
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks, config.blockDim = C::kThreads, config.dynamicSmemBytes = C::kSharedBytes;
+  config.stream = stream, config.attrs = &attribute, config.numAttrs = cluster > 1;
+  HSTU_TRY(cudaLaunchKernelEx(&config, kKernel, arguments));
+  return {};
+}
+
 template <class T, int kDim>
 Status attention_fwd(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
   using C = FwdConfig<kDim>;
   const AttentionProblem& a = params.problem;
+  const int parts = key_parts<C>(a, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
-  FwdArguments arguments{{}, {}, {}, params, query_schedule(a), Tickets(items > processors ? workspace : nullptr)};
+  const bool shared_out = parts == 1 && items > processors;
+  FwdArguments arguments{{}, {}, {}, params, query_schedule(a), Tickets(shared_out ? workspace : nullptr)};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
   if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk, C::kRows); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
-  const auto launch = [&](auto kernel) -> Status {
-    HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-    kernel<<<static_cast<unsigned>(items < processors ? items : processors), C::kThreads, C::kSharedBytes, stream>>>(
-        arguments);
-    HSTU_TRY(cudaGetLastError());
-    return {};
-  };
+  const unsigned blocks = static_cast<unsigned>(shared_out ? processors : items * parts);
   // Half the range of bfloat16 is left to the products of Q scaled; float16 would lose small numbers.
-  constexpr bool kMayFold = C::kQueryRegisters && kDim == 64 && std::is_same_v<T, __nv_bfloat16>;
-  int exponent;
-  if constexpr (kMayFold)
+  if constexpr (C::kQueryRegisters && std::is_same_v<T, __nv_bfloat16>) {
+    int exponent;
     if (std::frexp(a.alpha, &exponent) == 0.5 && exponent > -32 && exponent < 32)
-      return launch(attention_fwd_kernel<C, T, true>);
-  return launch(attention_fwd_kernel<C, T, false>);
+      return launch<C, attention_fwd_kernel<C, T, true>>(arguments, blocks, parts, stream);
+  }
+  return launch<C, attention_fwd_kernel<C, T, false>>(arguments, blocks, parts, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -6,26 +6,32 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// A set of tiles: [0, prefix), [window.lo, window.hi) and [group.lo, group.hi), in this order.
+// A set of tiles: three intervals in order.
 struct TileSpans {
-  int prefix = 0;
-  Interval window, group;
+  Interval prefix, window, group;
 
   // Tiles of kCols columns that meet the spans.
   template <int kCols>
   __device__ static TileSpans meeting(const RowSpans& r) {
     TileSpans t;
-    t.prefix = ceil_div(r.prefix.hi, kCols);
-    t.window = follow<kCols>(t.prefix, r.window);
+    t.prefix = {0, ceil_div(r.prefix.hi, kCols)};
+    t.window = follow<kCols>(t.prefix.hi, r.window);
     t.group = follow<kCols>(t.window.hi, r.group);
     return t;
   }
-  __device__ bool has(int tile) const { return tile < prefix || window.has(tile) || group.has(tile); }
+  // Those in [lo, hi).
+  __device__ void clip(int lo, int hi) {
+    const auto cut = [&](Interval& x, int end) {
+      x = x.meets(lo, hi) ? Interval{max_int(x.lo, lo), min_int(x.hi, hi)} : Interval{end, end};
+    };
+    cut(prefix, lo), cut(window, prefix.hi), cut(group, window.hi);
+  }
+  __device__ bool has(int tile) const { return prefix.has(tile) || window.has(tile) || group.has(tile); }
   __device__ int end() const { return group.hi; }
   // The first tile behind `tile` (-1: the first of all); at least end() if there is none.
   __device__ int next(int tile) const {
-    ++tile;
-    if (tile >= prefix) tile = max_int(tile, window.lo);
+    tile = max_int(tile + 1, prefix.lo);
+    if (tile >= prefix.hi) tile = max_int(tile, window.lo);
     if (tile >= window.hi) tile = max_int(tile, group.lo);
     return tile;
   }
@@ -55,9 +61,10 @@ struct GroupTiles {
     return g;
   }
   __device__ bool covers(int tile) const { return tile < prefix || covered.has(tile); }
+  __device__ bool none() const { return kept.next(-1) >= kept.end(); }
   // The end of the run of kept tiles that `tile` is in.
   __device__ int run_end(int tile) const {
-    int end = tile < kept.prefix ? kept.prefix : tile < kept.window.hi ? kept.window.hi : kept.group.hi;
+    int end = tile < kept.prefix.hi ? kept.prefix.hi : tile < kept.window.hi ? kept.window.hi : kept.group.hi;
     if (end == kept.window.lo) end = kept.window.hi;
     return end == kept.group.lo ? kept.group.hi : end;
   }
@@ -67,19 +74,30 @@ struct GroupTiles {
 template <class C>
 struct FwdItem {
   Job job;
+  int first;                          // query of the first row, a multiple of 64, negative in front of the sequence
   bool more;                          // false: the block is done
   GroupTiles groups[C::kGroups + 1];  // the last: of all of them
 
   __device__ const TileSpans& tiles() const { return groups[C::kGroups].kept; }
 
-  // By one warp; all lanes pass the same.
-  __device__ __forceinline__ void set(const WorkItem& item, const Sequence& s, int64_t index) {
-    const int lane = lane_id(), first = item.block * C::kRows + (lane < C::kGroups ? lane * 64 : 0);
-    const auto row = [&](int r) { return s.first_row + min_int(r, s.num_q); };
-    const GroupTiles mine =
-        GroupTiles::make<C::kCols>(s.mask, row(first), row(first + (lane < C::kGroups ? 64 : C::kRows)));
+  // By one warp; all lanes pass the same. Keeps part `part` of `parts` of the tiles.
+  __device__ __forceinline__ void set(const WorkItem& item, const Sequence& s, int64_t index, int part, int parts) {
+    // The rows that are missing in a sequence's last item would leave warpgroups idle over all its keys: they are
+    // missing in its first item instead, which has the fewest.
+    const int missing = (C::kGroups - ceil_div(s.num_q, 64) % C::kGroups) % C::kGroups * 64;
+    const int lane = lane_id(), begin = item.block * C::kRows - missing;
+    const auto row = [&](int r) { return s.first_row + clamp_int(begin + r, 0, s.num_q); };
+    const int m0 = lane < C::kGroups ? lane * 64 : 0, m1 = lane < C::kGroups ? m0 + 64 : C::kRows;
+    const GroupTiles mine = GroupTiles::make<C::kCols>(s.mask, row(m0), row(m1));
     if (lane <= C::kGroups) groups[lane] = mine;
-    if (lane == 0) job = {item, s, index};
+    if (lane == 0) job = {item, s, index}, first = begin;
+    if (parts == 1) return;
+    __syncwarp();
+    const int lo = tiles().next(-1), size = max_int(tiles().end() - lo, 0);
+    const int at = static_cast<int>(int64_t{size} * part / parts),
+              end = static_cast<int>(int64_t{size} * (part + 1) / parts);
+    __syncwarp();
+    if (lane <= C::kGroups) groups[lane].kept.clip(lo + at, lo + end);
   }
 };
 

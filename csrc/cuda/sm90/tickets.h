@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cuda/ptx/cluster.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/tile/layout.h"
 
@@ -20,7 +21,7 @@ struct TicketCounters {
 class Tickets {
  public:
   Tickets() = default;
-  // `memory`: room for TicketCounters; null: each block takes one item, that of its own number.
+  // `memory`: room for TicketCounters; null: each block (or cluster) takes one item, that of its number.
   explicit Tickets(void* memory) : counters_(static_cast<TicketCounters*>(memory)) {
     static std::atomic<unsigned long long> launches{0};
     unsigned long long x = ++launches * 0x9e3779b97f4a7c15ull;  // mixed: small numbers are what memory is full of
@@ -36,7 +37,7 @@ class Tickets {
   }
   // The next number, by a warp; a block's first is its own.
   __device__ int64_t take(bool first) const {
-    if (first) return blockIdx.x;
+    if (first) return blockIdx.x / ptx::cluster_size();
     if (!counters_) return INT64_MAX;
     unsigned ticket = 0;
     if (lane_id() == 0) {

@@ -66,11 +66,10 @@ __device__ __forceinline__ uint64_t row_bits(const Mask& mask, int row, int firs
   return interval_bits(r.prefix, first) | interval_bits(r.window, first) | interval_bits(r.group, first);
 }
 
-// Zeroes what rows [row, row + 16 kM) do not keep of columns [col, col + 8 kN). One lane works out one row.
+// Zeroes what 16 kM rows do not keep of 8 kN columns: bits are those of row `lane`.
 template <int kM, int kN>
-__device__ __forceinline__ void mask_rows(const Mask& mask, int row, int col, Accumulator<kM, kN>& acc) {
+__device__ __forceinline__ void mask_rows(uint64_t bits, Accumulator<kM, kN>& acc) {
   static_assert(kM <= 2 && kN <= 8, "one row a lane, 64 columns a word");
-  const uint64_t bits = row_bits(mask, row + lane_id(), col);
   const unsigned words[2] = {static_cast<unsigned>(bits), static_cast<unsigned>(bits >> 32)};
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -85,6 +84,11 @@ __device__ __forceinline__ void mask_rows(const Mask& mask, int row, int col, Ac
           for (int c = 0; c < 2; ++c)
             if (!(mine >> (n % 4 * 8 + c) & 1)) acc.x[m][n][2 * h + c] = 0.f;
       }
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void mask_rows(const Mask& mask, int row, int col, Accumulator<kM, kN>& acc) {
+  mask_rows(row_bits(mask, row + lane_id(), col), acc);
 }
 
 // Which of the mask's columns [col, col + 32) the rows [row, row + 8 kN) keep: one row a lane.
