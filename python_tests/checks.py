@@ -153,8 +153,11 @@ def _extended(x: Tensor | np.ndarray) -> np.ndarray:
     return x.detach().double().cpu().numpy().astype(np.longdouble) if isinstance(x, Tensor) else x
 
 
-def check(case: Case, dtype: torch.dtype, device: str, *, attention=hstu_attention, seed: int = 0) -> None:
-    """Compares `attention`, forward and backward, with plain PyTorch under the rule above.
+def check(
+    case: Case, dtype: torch.dtype, device: str, *, attention=hstu_attention, seed: int = 0, change=lambda inputs: None
+) -> None:
+    """Compares `attention`, forward and backward, with plain PyTorch under the rule above. `change(inputs)` may alter
+    the inputs that the case makes.
 
     Some results are a single number (the only entry in use of a table), and one rounding error says nothing about the
     next: plain PyTorch may be exact by luck. So what breaks the rule in one draw is measured over 16.
@@ -162,6 +165,7 @@ def check(case: Case, dtype: torch.dtype, device: str, *, attention=hstu_attenti
     errors: dict[str, Errors] = {}
     for draw in range(16):
         inputs = make(case, dtype, device, seed=seed + 1000 * draw)
+        change(inputs)
         shape = (inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2])
         gen = torch.Generator().manual_seed(draw)
         grad_out = torch.randn(shape, generator=gen, dtype=torch.float64).to(inputs.q)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, make
-from checks import forward_backward
+from checks import check, forward_backward
 
 from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, hstu_attention, reference
 
@@ -152,6 +152,33 @@ def test_times_in_any_order(order, per_head, device64):
     want = forward_backward(reference.hstu_attention, inputs, grad_out)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10)
+
+
+_TIMES = {
+    "rising": lambda t: t,
+    "milliseconds": lambda t: 1000 * t,
+    "microseconds": lambda t: 1_000_000 * t,
+    "equal": lambda t: torch.full_like(t, 7),
+    "ties": lambda t: t // 20_000 * 20_000,
+    "falling": lambda t: t.flip(0),
+    "shuffled": lambda t: t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0)).to(t.device)],
+    "one astray": lambda t: torch.where(torch.arange(len(t), device=t.device) == 300, t - 10**6, t),
+    "far": lambda t: torch.where(torch.arange(len(t), device=t.device) % 100 > 90, t + 2**50, t),
+    "at the end": lambda t: torch.where(torch.arange(len(t), device=t.device) > 250, t + 2**62, t),
+}
+
+
+@pytest.mark.parametrize("bias", ("position+time", "time/head"))
+@pytest.mark.parametrize("kind", _TIMES)
+def test_many_tiles(kind, bias, dtype, device):
+    """Sequences of many tiles: those of one bucket, of few and of many, which kernels treat differently."""
+
+    def change(inputs):
+        given = inputs.options["bias"]
+        inputs.options["bias"] = replace(given, timestamps=_TIMES[kind](given.timestamps))
+
+    if dtype != torch.float64:
+        check(Case(kind, (600, 93, 130), bias=bias), dtype, device, change=change)
 
 
 def test_extreme_times(device):

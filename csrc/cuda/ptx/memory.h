@@ -62,6 +62,12 @@ __device__ __forceinline__ int ld_shared_int(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ int2 ld_shared_int_v2(uint32_t address) {
+  int2 x;
+  asm volatile("ld.shared.v2.s32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ void red_shared_add(uint32_t address, int x) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }

@@ -111,7 +111,10 @@ struct BwdTile {
     return {mask.touches(m0, m1, n0, n1), mask.touches(m0, m1, w0, min_int(w1, mask.len)), mask.covers(m0, m1, w0, w1)};
   }
 
-  __device__ TileOrigin origin(int tile) const { return {job.sequence.first_row + tile * C::kQueries, first()}; }
+  __device__ __forceinline__ void prepare(const Bias& bias, int tile) const {
+    bias.template prepare<true, C::kWarpKeys, C::kStep>(
+        warp(), {job.sequence.first_row + tile * C::kQueries, first() + warp_key()}, tile * C::kQueries / C::kStep);
+  }
 
   // Words of a warp's own part of dS' before it is written: scratch for sums.
   struct ScoreSlots {
@@ -125,29 +128,41 @@ struct BwdTile {
                   "64 buckets");
   };
 
-  // P' and dS' of queries [step, step + kStep) of a tile and this warp's keys; bias gradients.
-  __device__ __forceinline__ void score(const Bias& bias, typename Bias::GradState& state, const TileState& at,
-                                        int stage, int step, Scores& p, Scores& ds) const {
+  using BiasTile = typename Bias::template Tile<true, C::kM, C::kStep / 8>;
+
+  __device__ __forceinline__ BiasTile bias_tile(const Bias& bias, int tile, int step) const {
+    const int query = tile * C::kQueries + step;
+    return {bias, warp(), {job.sequence.first_row + query, first() + warp_key()}, query / C::kStep};
+  }
+
+  // P' and dS' of queries [step, step + kStep) of a tile and this warp's keys.
+  __device__ __forceinline__ void score(const BiasTile& bias, const TileState& at, int stage, int step, Scores& p,
+                                        Scores& ds) const {
     const int row = job.sequence.first_row + at.tile() * C::kQueries + step, col = first() + warp_key();
-    const typename Bias::template Tile<true, C::kM, C::kStep / 8> offsets(bias, {row, col});
     multiply_rows<T, C::kDim>(p, shared.k, warp_key(), shared.q.stage(stage, C::kQueries), step);
-    offsets.add(p, arguments.alpha * Score<T>::kArgument, Score<T>::kArgument);
+    bias.add(p, arguments.alpha * Score<T>::kArgument, Score<T>::kArgument);
     multiply_rows<T, C::kDim>(ds, shared.v, warp_key(), shared.g.stage(stage, C::kQueries), step);
     Score<T>::differentiate(p, ds);
     if (!at.covered()) mask_columns(job.sequence.mask, row, job.sequence.mask.len, col, p, ds);
     if (problem().scale.per_row) apply_row_scale(at.tile() * C::kQueries + step, p, ds);
+  }
+
+  // Before dS' is written: its place is scratch.
+  __device__ __forceinline__ void sum_bias(const BiasTile& bias, typename Bias::GradState& state, int stage, int step,
+                                           const Scores& ds) const {
     const ScoreSlots slots{shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(),
                            step * static_cast<int>(sizeof(T)) / 16};
-    offsets.template add_grad<T>(ds, tables(), state, slots,
-                                 bias.template finishes<T, C::kKeys, C::kQueries>(origin(at.tile())));
+    bias.template add_grad<T>(ds, tables(), state, slots);
   }
 
   // One step of a tile out of registers: dV, dK, and dS' into shared memory.
   __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at,
                                           int stage, int step) {
     Scores s, d;
-    score(bias, state, at, stage, step, s, d);
+    const BiasTile offsets = bias_tile(bias, at.tile(), step);
+    score(offsets, at, stage, step, s, d);
     multiply_fragment<T>(dv, Fragment<T, C::kM, C::kStep / 8>(s), shared.g.stage(stage, C::kQueries), step, 0);
+    sum_bias(offsets, state, stage, step, d);
     const Fragment<T, C::kM, C::kStep / 8> f(d);
     put_accumulator<T>(shared.ds.stage(stage, C::kKeys), warp_key(), step, d, [](int) { return 1.f; });
     multiply_fragment<T>(dk, f, shared.q.stage(stage, C::kQueries), step, 0);
@@ -158,8 +173,11 @@ struct BwdTile {
                                            int stage) const {
     const int step = warp() / C::kKeyWarps * C::kStep;
     Scores s, d;
-    score(bias, state, at, stage, step, s, d);
+    prepare(bias, at.tile());
+    const BiasTile offsets = bias_tile(bias, at.tile(), step);
+    score(offsets, at, stage, step, s, d);
     put_accumulator<T>(shared.ds.stage(1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
+    sum_bias(offsets, state, stage, step, d);
     put_accumulator<T>(shared.ds, warp_key(), step, d, [](int) { return 1.f; });
   }
 
@@ -219,9 +237,7 @@ struct BwdTile {
   }
 
   // What a complete tile of dS' is for.
-  __device__ __forceinline__ void finish_tile(const Bias& bias, int tile, int stage) const {
-    bias.template finish_tile<T, C::kKeys, C::kQueries, C::kWarps>(shared.ds.stage(stage, C::kKeys), origin(tile),
-                                                                   tables());
+  __device__ __forceinline__ void finish_tile(int tile, int stage) const {
     const Turn turn(arguments.workspace.turns, job, tile, C::kQueries, C::kKeys, problem());
     turn.wait();
     add_dq(tile, stage);
@@ -237,6 +253,7 @@ struct BwdTile {
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= 1) {
       if (current.mine()) {
+        prepare(bias, current.tile());
 #pragma unroll 1
         for (int step = 0; step < C::kQueries; step += C::kStep) compute(bias, state, current, stage, step);
       } else {
@@ -247,7 +264,7 @@ struct BwdTile {
       const TileState after = next.exists() ? walk.next() : next;
       if (after.exists()) load_queries(after.tile(), stage);
       ptx::cp_async_commit();
-      finish_tile(bias, current.tile(), stage);
+      finish_tile(current.tile(), stage);
       current = next;
       next = after;
     }
@@ -273,7 +290,7 @@ struct BwdTile {
                                        own_col());
         multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col());
       }
-      finish_tile(bias, current.tile(), 0);
+      finish_tile(current.tile(), 0);
       if (C::kStages == 1 && next.exists()) {
         __syncthreads();  // this tile's Q and dO are free
         load_queries(next.tile(), 0);
@@ -285,13 +302,15 @@ struct BwdTile {
     }
   }
 
-  __device__ __forceinline__ void run(const Bias& bias) {
+  __device__ __forceinline__ void run() {
+    const Bias& bias = *static_cast<const Bias*>(shared.bias);  // there, it costs no registers
     const auto classes = [&](int tile) { return classify(tile); };
     TileWalk<decltype(classes)> walk(ceil_div(job.sequence.num_q, C::kQueries), classes);
     load_keys();
     const TileState current = walk.next();
     if (current.exists()) load_queries(current.tile(), 0);
     ptx::cp_async_commit();
+    Bias::template make<true>(problem(), job, shared.bias, threadIdx.x, C::kThreads);
     dk.clear();
     dv.clear();
     typename Bias::GradState state;
@@ -341,11 +360,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       job.item = item;
       job.sequence = load_sequence(jagged, problem.mask, item.sequence);
       job.index = i;
+      reset_bias<Bias>(shared.bias);
     }
     __syncthreads();
-    const Bias& bias = make_bias<Bias>(problem, job, shared.bias);
     BwdTile<C, Bias> tile(arguments, job, shared);
-    tile.run(bias);
+    tile.run();
     tile.store();
     const int64_t next = job.index + gridDim.x;
     __syncthreads();  // the next item reuses shared memory
@@ -359,7 +378,7 @@ Status launch_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t s
   const BwdArguments arguments{params, key_schedule(a), BwdWorkspace::plan(params, C::kDim, C::kQueries, memory),
                                static_cast<float>(a.alpha), static_cast<float>(a.scale.value)};
   const auto kernel = attention_bwd_kernel<C, Bias>;
-  const int bytes = C::kSharedBytes + Bias::kSharedBytes;
+  const int bytes = C::kSharedBytes + Bias::shared_bytes(C::kWarps);
   HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   HSTU_TRY(cudaMemsetAsync(memory, 0, arguments.workspace.bytes, stream));
   for (const TableSums* t : {&arguments.workspace.position, &arguments.workspace.time})

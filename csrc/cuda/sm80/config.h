@@ -106,7 +106,8 @@ struct BwdConfig<T, 64, kLarge>
                 BwdShape<T, 64, 2, 4, 1, 64, 16, 2, 2, 2>> {};
 template <class T>
 struct BwdConfig<T, 128, true>
-    : BwdShapes<BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 2, 1>, BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
+    : BwdShapes<BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 2, 1>, BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 2, 1>,
+                BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
 template <class T>
 struct BwdConfig<T, 128, false> : BwdShapes<BwdShape<T, 128, 2, 2, 2, 32, 16, 2, 2, 2>> {};
 template <class T>

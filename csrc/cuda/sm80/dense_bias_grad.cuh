@@ -73,7 +73,7 @@ struct DenseGradTile {
     multiply_rows<T, C::kDim>(s, q, warp_row, k, 0);
     multiply_rows<T, C::kDim>(d, g, warp_row, v, 0);
     const DenseBias bias(a.dense, index, head);
-    const DenseBias::Tile<false, 1, C::kCols / 8> tile(bias, {row + warp_row, col});
+    const DenseBias::Tile<false, 1, C::kCols / 8> tile(bias, 0, {row + warp_row, col}, 0);
     tile.add(s, static_cast<float>(a.alpha) * Score<T>::kArgument, Score<T>::kArgument);
     Score<T>::differentiate(s, d);
     mask_rows(sequence.mask, row + warp_row, col, d);

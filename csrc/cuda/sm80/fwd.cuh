@@ -91,15 +91,17 @@ struct FwdTile {
     const int row = mask_row(first() + warp_row());
     constexpr int kSteps = C::kCols / C::kStep;
     Scores s[C::kAhead ? 2 : 1];
+    bias.template prepare<false, C::kWarpRows, C::kStep>(threadIdx.x / 32, {row, state.tile() * C::kCols},
+                                                         state.tile() * kSteps);
     if (C::kAhead) multiply_rows<T, C::kDim>(s[0], shared.q, warp_row(), k, 0);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int coming = C::kAhead ? i + 1 : i;
+      const int coming = C::kAhead ? i + 1 : i, col = state.tile() * C::kCols + i * C::kStep;
+      const typename Bias::template Tile<false, C::kM, C::kStep / 8> offsets(bias, threadIdx.x / 32, {row, col},
+                                                                             state.tile() * kSteps + i);
       if (coming < kSteps)
         multiply_rows<T, C::kDim>(s[C::kAhead ? coming % 2 : 0], shared.q, warp_row(), k, coming * C::kStep);
       Scores& now = s[C::kAhead ? i % 2 : 0];
-      const int col = state.tile() * C::kCols + i * C::kStep;
-      const typename Bias::template Tile<false, C::kM, C::kStep / 8> offsets(bias, {row, col});
       offsets.add(now, alpha, Score<T>::kArgument);
       Score<T>::activate(now);
       if (!state.covered()) mask_rows(job.sequence.mask, row, col, now);
@@ -108,13 +110,15 @@ struct FwdTile {
     }
   }
 
-  __device__ __forceinline__ void run(const Bias& bias) {
+  __device__ __forceinline__ void run() {
+    const Bias& bias = *static_cast<const Bias*>(shared.bias);  // there, it costs no registers
     const auto classes = [&](int tile) { return classify(tile); };
     TileWalk<decltype(classes)> walk(ceil_div(job.sequence.mask.len, C::kCols), classes);
     load_queries();
     TileState current = walk.next();
     if (current.exists()) load_keys(current.tile(), 0);
     ptx::cp_async_commit();
+    Bias::template make<false>(params.problem, job, shared.bias, threadIdx.x, C::kThreads);
     out.clear();
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= 1) {
@@ -147,7 +151,7 @@ struct FwdTile {
 };
 
 template <class C, class Bias>
-__global__ void __launch_bounds__(C::kThreads, Bias::kSharedBytes == 0 ? C::kBlocks : C::kBiasBlocks)
+__global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::kBlocks : C::kBiasBlocks)
     attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Job job;
@@ -156,11 +160,13 @@ __global__ void __launch_bounds__(C::kThreads, Bias::kSharedBytes == 0 ? C::kBlo
   for (int64_t i = blockIdx.x;;) {
     const WorkItem item = find_work<C::kRows, false>(arguments.schedule, i);
     if (item.block < 0) break;
-    if (threadIdx.x == 0) job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), i, false};
+    if (threadIdx.x == 0) {
+      job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), i, false};
+      reset_bias<Bias>(shared.bias);
+    }
     __syncthreads();
-    const Bias& bias = make_bias<Bias>(problem, job, shared.bias);
     FwdTile<C, Bias> tile(arguments, job, shared);
-    tile.run(bias);
+    tile.run();
     tile.store();
     i = job.index + gridDim.x;
     __syncthreads();  // the next item reuses shared memory
@@ -172,7 +178,7 @@ Status launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   FwdArguments arguments{params, query_schedule(a), static_cast<float>(a.alpha) * Score<typename C::T>::kArgument};
   const auto kernel = attention_fwd_kernel<C, Bias>;
-  const int bytes = C::kSharedBytes + Bias::kSharedBytes;
+  const int bytes = C::kSharedBytes + Bias::shared_bytes(C::kWarps);
   HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const int64_t blocks = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
   kernel<<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(arguments);

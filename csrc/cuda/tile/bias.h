@@ -1,17 +1,21 @@
 // The bias as a template axis. A bias is made per work item, its Tile per tile of one warp:
-//   add        turns products s into u = argument * (alpha s + bias)
-//   add_grad   sums gradients ds of the bias into its tables, except what finish_tile leaves for later
-// A tile has queries as rows, or as columns if kTransposed; queries and keys are rows and columns of the mask.
+//   prepare    looks at the tiles beside one another that a warp works on, many at a time: before the first Tile of
+//   some Tile       begins to load what add needs, so make it before a product add        turns products s into u =
+//   argument * (alpha s + bias) add_grad   sums gradients ds of the bias into its tables
+// A tile has queries as rows, or as columns if kTransposed; queries and keys are rows and columns of the mask. Tiles a
+// warp works on differ in their columns: number `tile` is kN * 8 columns from number `tile` - 1.
 #pragma once
 
 #include <new>
 
 #include "core/bias.h"
 #include "core/params.h"
+#include "cuda/tile/bias_notes.h"
 #include "cuda/tile/layout.h"
 #include "cuda/tile/position_bias.h"
 #include "cuda/tile/schedule.h"
 #include "cuda/tile/time_bias.h"
+#include "cuda/tile/time_steps.h"
 
 namespace hstu_ops::cuda {
 
@@ -23,32 +27,30 @@ struct NoGradState {
 };
 
 struct NoBias {
-  static constexpr int kSharedBytes = 0;
+  static constexpr int shared_bytes(int) { return 0; }
   using GradState = NoGradState;
 
   __device__ NoBias(const AttentionProblem&, const Job&, void*) {}
+  template <bool kTransposed>
+  __device__ static void make(const AttentionProblem&, const Job&, void*, int, int) {}
 
-  template <class T, int kKeys, int kQueries>
-  __device__ bool finishes(TileOrigin) const {
-    return false;
-  }
-  template <class T, int kKeys, int kQueries, int kWarps, class Shared>
-  __device__ void finish_tile(const Shared&, TileOrigin, const BiasGradients&) const {}
+  template <bool kTransposed, int kRows, int kCols>
+  __device__ void prepare(int, TileOrigin, int) const {}
 
   template <bool kTransposed, int kM, int kN>
   struct Tile {
-    __device__ Tile(const NoBias&, TileOrigin) {}
+    __device__ Tile(const NoBias&, int, TileOrigin, int) {}
     __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float) const {
       s.each([=](float& x, int, int) { x *= alpha; });
     }
     template <class T, class Slots>
-    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&, const Slots&, bool) const {}
+    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&, const Slots&) const {}
   };
 };
 
 // Its gradient has a kernel of its own.
 struct DenseBias {
-  static constexpr int kSharedBytes = kBiasBytes;
+  static constexpr int shared_bytes(int) { return kBiasBytes; }
   using GradState = NoGradState;
 
   const float* data;
@@ -61,20 +63,20 @@ struct DenseBias {
       : data(static_cast<const float*>(p.data) + sequence * p.batch_stride + head * p.head_stride),
         row_stride(p.row_stride),
         size(p.size) {}
-
-  template <class T, int kKeys, int kQueries>
-  __device__ bool finishes(TileOrigin) const {
-    return false;
+  template <bool kTransposed>
+  __device__ static void make(const AttentionProblem& problem, const Job& job, void* shared, int thread, int) {
+    if (thread == 0) new (shared) DenseBias(problem, job, nullptr);
   }
-  template <class T, int kKeys, int kQueries, int kWarps, class Shared>
-  __device__ void finish_tile(const Shared&, TileOrigin, const BiasGradients&) const {}
+
+  template <bool kTransposed, int kRows, int kCols>
+  __device__ void prepare(int, TileOrigin, int) const {}
 
   template <bool kTransposed, int kM, int kN>
   struct Tile {
     const DenseBias& bias;
     TileOrigin origin;
 
-    __device__ Tile(const DenseBias& bias, TileOrigin origin) : bias(bias), origin(origin) {}
+    __device__ Tile(const DenseBias& bias, int, TileOrigin origin, int) : bias(bias), origin(origin) {}
     __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument) const {
       const int query0 = origin.query + (kTransposed ? lane_col() : lane_row());
       const int key0 = origin.key + (kTransposed ? lane_row() : lane_col());
@@ -86,19 +88,21 @@ struct DenseBias {
       });
     }
     template <class T, class Slots>
-    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&, const Slots&, bool) const {}
+    __device__ void add_grad(const Accumulator<kM, kN>&, const BiasGradients&, GradState&, const Slots&) const {}
   };
 };
 
 struct RelativeBias {
-  static constexpr int kSharedBytes = kBiasBytes + TimeTerm::kSharedBytes;
+  static constexpr int shared_bytes(int warps) {
+    return kBiasBytes + TimeTerm::kSharedBytes + warps * BiasNotes::kBytes;
+  }
 
-  // One lane's part of the gradients.
+  // One warp's part of the gradients.
   struct GradState {
-    TimeRun run;
+    TimeWindow window;
 
     __device__ void finish(const BiasGradients& to) {
-      if (to.time.sums) run.finish({to.time, to.head, to.factor});
+      if (to.time.sums) window.finish({to.time, to.head, to.factor});
     }
   };
 
@@ -106,63 +110,129 @@ struct RelativeBias {
   PositionTerm position;
   TimeTerm time;
 
-  // Leaves its table in shared memory; all threads wait before using it.
   __device__ RelativeBias(const AttentionProblem& problem, const Job& job, void* shared)
       : mask(job.sequence.mask),
         position(problem.relative, job.item.head),
         time(problem.relative, job.sequence, job.item.head, static_cast<char*>(shared) + kBiasBytes) {}
 
+  // Set where times do not rise: behind the bias, cleared before the item.
+  __device__ static int& disorder(void* shared) { return static_cast<int*>(shared)[kBiasBytes / 4 - 1]; }
+  __device__ bool sorted() const { return disorder(const_cast<RelativeBias*>(this)) == 0; }
+
+  template <bool kTransposed>
+  __device__ static __forceinline__ void make(const AttentionProblem& problem, const Job& job, void* shared, int thread,
+                                              int threads) {
+    const RelativeBias bias(problem, job, shared);
+    if (bias.time.weight) {
+      bias.time.make_cells(static_cast<char*>(shared) + kBiasBytes, thread, threads);
+      if (!bias.time.template rising<kTransposed>(thread, threads)) disorder(shared) = 1;
+    }
+    static_assert(sizeof(RelativeBias) <= kBiasBytes - sizeof(int));
+    if (thread == 0) new (shared) RelativeBias(bias);
+    bias.notes(thread / 32).reset();
+  }
+
+  // Behind the cells.
+  __device__ BiasNotes notes(int warp) const { return {time.cells + TimeTerm::kSharedBytes, warp}; }
+
+  template <bool kTransposed, int kRows, int kCols>
+  __device__ __forceinline__ void prepare(int warp, TileOrigin at, int tile) const {
+    notes(warp).template prepare<kTransposed, kRows, kCols>(mask, position, time, sorted(), tile, at);
+  }
+
   template <bool kTransposed, int kM, int kN>
   struct Tile {
     using Times = TileTimes<kTransposed, kM * 16, kN * 8>;
+    using Steps = TimeSteps<kTransposed, kM, kN>;
+    using Lines = Diagonals<kTransposed, kM, kN>;
 
     const RelativeBias& bias;
     TileOrigin origin;
+    BiasNote note;
+    float weight;                   // of the first bucket of few
+    float strip[Lines::kCount][2];  // weights of the position term by diagonal, where diagonal
 
-    __device__ Tile(const RelativeBias& bias, TileOrigin origin) : bias(bias), origin(origin) {}
+    __device__ __forceinline__ Tile(const RelativeBias& bias, int warp, TileOrigin origin, int tile)
+        : bias(bias), origin(origin), note(bias.notes(warp).at(tile)) {
+      const bool constant = bias.time.weight && few();
+      weight = constant ? __ldg(bias.time.weight + note.first()) : 0.f;
+      const float* from = Lines::zeros();  // a choice of addresses: choices of values take an address each
+      if (note.diagonal()) from = bias.position.weight + Lines(bias.position, origin).from;
+#pragma unroll
+      for (int d = 0; d < Lines::kCount; ++d)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) strip[d][c] = __ldg(from + Lines::offset(d + Lines::kFirst, c));
+    }
 
     __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument) const {
-      const Times times(bias.time, origin.query, origin.key);
-      const bool constant = times.constant();
-      const float weight = bias.time.weight && constant ? __ldg(bias.time.weight + times.bucket) : 0.f;
-      bias.position.template add<kTransposed>(s, bias.mask, origin, alpha, argument, weight);
-      if (!constant) times.add(bias.time, s, argument);
+      const float shift = argument * weight;
+#pragma unroll
+      for (int d = Lines::kFirst; d < kN; ++d)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float b = fmaf(argument, strip[d - Lines::kFirst][c], shift);
+#pragma unroll
+          for (int r = 0; r < 2 * kM; ++r)
+            if (d + r >= 0 && d + r < kN) {
+              float& x = s.x[r / 2][d + r][r % 2 * 2 + c];
+              x = fmaf(x, alpha, b);
+            }
+        }
+      if (note.elementwise()) bias.position.template add_elementwise<kTransposed>(s, bias.mask, origin, argument);
+      if (note.steps() == 0) return;
+      if (few()) {
+        Steps(bias.time, origin.query, origin.key).add(bias.time, note.first(), note.steps(), argument, s);
+      } else {
+        Times(bias.time, origin.query, origin.key).add(bias.time, s, argument);
+      }
     }
-    // slots: scratch of this warp in shared memory; diagonal: finish_tile sums the position term.
+    // slots: scratch of this warp in shared memory.
     template <class T, class Slots>
     __device__ __forceinline__ void add_grad(const Accumulator<kM, kN>& ds, const BiasGradients& to, GradState& state,
-                                             const Slots& slots, bool diagonal) const {
-      if (to.position.sums && !diagonal)
-        bias.position.template add_grad<kTransposed>(ds, bias.mask, origin,
-                                                     TableTarget{to.position, to.head, to.factor});
-      // Working the times out again takes less than holding them over two products.
-      if (to.time.sums)
-        Times(bias.time, origin.query, origin.key)
-            .template add_grad<T>(bias.time, ds, TableTarget{to.time, to.head, to.factor}, state.run, slots);
+                                             const Slots& slots) const {
+      if (to.time.sums) add_time_grad<T>(ds, {to.time, to.head, to.factor}, state.window, slots);
+      if (to.position.sums) add_position_grad<T>(ds, {to.position, to.head, to.factor});
+    }
+
+   private:
+    __device__ bool few() const { return note.steps() != BiasNote::kMany; }
+    template <class T, class Slots>
+    __device__ __forceinline__ void add_time_grad(const Accumulator<kM, kN>& ds, const TableTarget& to,
+                                                  TimeWindow& window, const Slots& slots) const {
+      // Differences of sums would not be as accurate as fp32 is.
+      if (note.steps() != 0 && !(kIs16Bit<T> && few())) {
+        Times(bias.time, origin.query, origin.key).template add_grad<T>(bias.time, ds, to, slots);
+        return;
+      }
+      float part[4] = {};  // one sum would wait for itself
+      ds.each([&](float x, int row, int col) { part[row % 16 / 8 * 2 + col % 8] += x; });
+      const float total = (part[0] + part[1]) + (part[2] + part[3]);
+      if (note.steps() == 0) {
+        window.put(to, note.first(), total);
+      } else {
+        Steps(bias.time, origin.query, origin.key).sum(bias.time, note.first(), note.steps(), ds, total, to, window);
+      }
+    }
+    template <class T>
+    __device__ __forceinline__ void add_position_grad(const Accumulator<kM, kN>& ds, const TableTarget& to) const {
+      if (note.elementwise()) {
+        bias.position.template sum_elementwise<kTransposed>(ds, bias.mask, origin, to);
+        return;
+      }
+      const Lines lines(bias.position, origin);
+      if constexpr (kIs16Bit<T>) {
+        lines.template sum_products<T>(bias.position, origin, ds, to);
+      } else {
+        lines.sum(ds, to);
+      }
     }
   };
-
-  // Whether finish_tile takes the position term of a tile of a block of threads.
-  template <class T, int kKeys, int kQueries>
-  __device__ __forceinline__ bool finishes(TileOrigin o) const {
-    return kIs16Bit<T> && position.weight && position.diagonal(mask, o, kQueries, kKeys);
-  }
-  // Once dS' of a whole tile is in shared memory.
-  template <class T, int kKeys, int kQueries, int kWarps, class Shared>
-  __device__ __forceinline__ void finish_tile(const Shared& ds, TileOrigin o, const BiasGradients& to) const {
-    if constexpr (kIs16Bit<T>)
-      if (to.position.sums && finishes<T, kKeys, kQueries>(o))
-        position.template add_tile_grad<T, kKeys, kQueries, kWarps>(ds, o, {to.position, to.head, to.factor});
-  }
 };
 
-// Makes the bias of a work item in shared memory, where it costs no registers; all threads wait before using it.
+// Before the bias of the next item is made, with a barrier between.
 template <class Bias>
-__device__ const Bias& make_bias(const AttentionProblem& problem, const Job& job, void* shared) {
-  static_assert(sizeof(Bias) <= kBiasBytes);
-  const Bias bias(problem, job, shared);
-  if (threadIdx.x == 0 && Bias::kSharedBytes > 0) new (shared) Bias(bias);
-  return *static_cast<const Bias*>(shared);
+__device__ __forceinline__ void reset_bias(void* shared) {
+  if constexpr (std::is_same_v<Bias, RelativeBias>) RelativeBias::disorder(shared) = 0;
 }
 
 }  // namespace hstu_ops::cuda

@@ -90,14 +90,14 @@ struct Accumulator {
   }
 };
 
-// Row and column, in the tile, of this lane's element `at`.
+// Row and column, in the tile, of a lane's element `at`.
 template <int kN>
-__device__ __forceinline__ int element_row(int at) {
-  return at / (4 * kN) * 16 + at % 4 / 2 * 8 + lane_id() / 4;
+__device__ __forceinline__ int element_row(int at, int lane) {
+  return at / (4 * kN) * 16 + at % 4 / 2 * 8 + lane / 4;
 }
 template <int kN>
-__device__ __forceinline__ int element_col(int at) {
-  return at / 4 % kN * 8 + at % 2 + lane_id() % 4 * 2;
+__device__ __forceinline__ int element_col(int at, int lane) {
+  return at / 4 % kN * 8 + at % 2 + lane % 4 * 2;
 }
 
 __device__ __forceinline__ int lane_row() { return lane_id() / 4; }

@@ -1,4 +1,4 @@
-// Time terms of one warp's tile: which buckets it holds, their weights, and sums of their gradients.
+// Time terms of one warp's tile of many buckets, or of which the corners do not tell: each element is looked up.
 #pragma once
 
 #include "cuda/ptx/memory.h"
@@ -43,7 +43,6 @@ struct TileTimes {
 
   __device__ __forceinline__ TileTimes(const TimeTerm& t, int query, int key)
       : query(query), key(key), fast(false), bucket(0), last(0) {
-    if (!t.weight) return;
     const int lane = lane_id();
     const int64_t base = t.key_time(key);
     bool fits = true;
@@ -68,8 +67,6 @@ struct TileTimes {
     }
     if (!fast) find_range(t);
   }
-
-  __device__ bool constant() const { return bucket == last; }
 
   // s += argument * weight[bucket]
   template <int kM, int kN>
@@ -100,15 +97,10 @@ struct TileTimes {
     return t.search(time_gap(t.query_time(query + i), t.key_time(key + j)), bucket, last);
   }
 
-  // Adds ds to a table; what a lane has not written yet stays in `run`.
+  // Adds ds to a table.
   template <class T, int kM, int kN, class Slots>
   __device__ __forceinline__ void add_grad(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to,
-                                           TimeRun& run, const Slots& slots) const {
-    if (constant()) {
-      run.turn(to, bucket);
-      ds.each([&](float x, int, int) { run.sum += x; });
-      return;
-    }
+                                           const Slots& slots) const {
     float most = 0.f;
     ds.each([&](float x, int, int) { most = fmaxf(most, fabsf(x)); });
     const unsigned top = __reduce_max_sync(~0u, __float_as_uint(most));
@@ -116,12 +108,15 @@ struct TileTimes {
     if (fast && last - bucket < kSlots && top < 0x7f800000) {
       add_counting<kIs16Bit<T> ? 1 : 2>(t, ds, to, slots, top);
     } else {
+      TimeRun run;
 #pragma unroll 1
       for (int at = 0; at < kM * kN * 4; ++at) {
-        const int i = element_row<kN>(at), j = element_col<kN>(at);
+        const int lane = ptx::thread_index() % 32;
+        const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
         run.turn(to, find(t, kTransposed ? j : i, kTransposed ? i : j));
         run.sum += ds.pick(at);
       }
+      run.finish(to);
     }
   }
 
@@ -179,7 +174,8 @@ struct TileTimes {
   __device__ __forceinline__ void add_searching(const TimeTerm& t, Accumulator<kM, kN>& s, float argument) const {
 #pragma unroll 1
     for (int at = 0; at < kM * kN * 4; ++at) {
-      const int i = element_row<kN>(at), j = element_col<kN>(at);
+      const int lane = ptx::thread_index() % 32;
+      const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
       const float w = argument * __ldg(t.weight + find(t, kTransposed ? j : i, kTransposed ? i : j));
 #pragma unroll
       for (int m = 0; m < kM; ++m)

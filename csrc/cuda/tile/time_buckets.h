@@ -1,8 +1,9 @@
 // The time term of the relative bias: weight[bucket(query time - key time)], exact for any timestamps and boundaries.
 //
-// A tile whose smallest and largest gap share a bucket needs one weight. Elsewhere gaps are formed in 32 bits against a
-// base time of the tile and looked up in a table of cells, [2^e (1 + f / 4), 2^e (1 + (f + 1) / 4)): a cell with at
-// most one boundary answers with one comparison. Gaps that do not fit take a binary search in 64 bits.
+// Where times rise, the corners of a tile have its smallest and its largest gap; a tile of one bucket needs one weight,
+// a tile of few a comparison with each boundary between them (tile/time_steps.h). Elsewhere gaps are formed in 32 bits
+// against a base time of the tile and looked up in a table of cells, [2^e (1 + f / 4), 2^e (1 + (f + 1) / 4)): a cell
+// with at most one boundary answers with one comparison. Gaps that do not fit take a binary search in 64 bits.
 #pragma once
 
 #include "core/bias.h"
@@ -12,10 +13,14 @@
 
 namespace hstu_ops::cuda {
 
-struct __align__(16) TimeCell {
-  int threshold;       // gaps from here on are in the next bucket; or, if bucket < 0, the last bucket of the cell
-  int bucket;          // of the cell's first gap; ~bucket where the cell holds several boundaries
-  float below, above;  // weights on either side of the threshold
+struct __align__(8) TimeCell {
+  int threshold;  // gaps from here on are in the next bucket; or, if bucket < 0, the last bucket of the cell
+  int bucket;     // of the cell's first gap; ~bucket where the cell holds several boundaries
+};
+
+struct BucketRange {
+  int first, last;
+  bool known;
 };
 
 struct TimeTerm {
@@ -38,17 +43,19 @@ struct TimeTerm {
         first_query(p.query_timestamps ? s.first_row : max_int(s.first_row, 0)),
         last_query(s.mask.len - 1),
         last_key(s.mask.len - 1),
-        cells(static_cast<uint32_t>(__cvta_generic_to_shared(shared))) {
-    if (weight)
-      for (int c = threadIdx.x; c < kCells; c += blockDim.x) static_cast<TimeCell*>(shared)[c] = make_cell(c);
+        cells(static_cast<uint32_t>(__cvta_generic_to_shared(shared))) {}
+
+  // This thread's share of the cells.
+  __device__ __forceinline__ void make_cells(void* shared, int thread, int threads) const {
+    for (int c = thread; c < kCells; c += threads) static_cast<TimeCell*>(shared)[c] = make_cell(c);
   }
 
   __device__ int64_t query_time(int i) const { return __ldg(query_times + clamp_int(i, first_query, last_query)); }
   __device__ int64_t key_time(int j) const { return __ldg(key_times + clamp_int(j, 0, last_key)); }
 
   __device__ __forceinline__ TimeCell cell(int c) const {
-    const uint4 x = ptx::ld_shared_u4(cells + c * static_cast<int>(sizeof(TimeCell)));
-    return {static_cast<int>(x.x), static_cast<int>(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+    const int2 x = ptx::ld_shared_int_v2(cells + c * static_cast<int>(sizeof(TimeCell)));
+    return {x.x, x.y};
   }
   // Cell 0 holds all gaps below 1.
   __device__ static __forceinline__ int cell_of(int gap) {
@@ -58,11 +65,52 @@ struct TimeTerm {
     return cell == 0 ? INT32_MIN : static_cast<int64_t>(ceilf(__int_as_float((cell + 507) << 21)));
   }
   __device__ TimeCell make_cell(int c) const {
-    const int lo = time_bucket(first_gap(c), boundaries, count),
-              hi = time_bucket(first_gap(c + 1) - 1, boundaries, count);
-    if (hi - lo > 1) return {hi, ~lo, 0.f, 0.f};
-    return {hi > lo ? static_cast<int>(min(boundaries[lo], static_cast<int64_t>(INT32_MAX))) : INT32_MAX, lo,
-            weight[lo], weight[max_int(hi, lo)]};
+    const int2 ends = buckets(first_gap(c), first_gap(c + 1) - 1);
+    const int lo = ends.x, hi = ends.y;
+    if (hi - lo > 1) return {hi, ~lo};
+    return {hi > lo ? static_cast<int>(min(boundaries[lo], static_cast<int64_t>(INT32_MAX))) : INT32_MAX, lo};
+  }
+
+  // Do the times of this thread's share of the queries, or keys, rise? Any thread that says no must be heard.
+  template <bool kQueries>
+  __device__ __forceinline__ bool rising(int thread, int threads) const {
+    const int64_t* times = kQueries ? query_times : key_times;
+    bool yes = true;
+#pragma unroll 8
+    for (int i = (kQueries ? first_query : 0) + thread; i < last_key; i += threads)
+      yes = yes && __ldg(times + i) <= __ldg(times + i + 1);
+    return yes;
+  }
+
+  // Of two gaps: the searches wait for memory together.
+  __device__ __forceinline__ int2 buckets(int64_t a, int64_t b) const {
+    int2 at = {0, 0};
+#pragma unroll 1
+    for (int step = 1 << (31 - __clz(count | 1)); step > 0; step /= 2) {
+      if (at.x + step <= count && __ldg(boundaries + at.x + step - 1) <= a) at.x += step;
+      if (at.y + step <= count && __ldg(boundaries + at.y + step - 1) <= b) at.y += step;
+    }
+    return at;
+  }
+
+  // Smallest and largest bucket of a tile of each lane, all with the same rows, if times of columns rise. Not known
+  // where gaps could wrap around or times of columns are too far apart for 32 bits. Rows are queries unless
+  // kTransposed.
+  template <bool kTransposed, int kRows, int kCols>
+  __device__ __forceinline__ BucketRange corners(int query, int key) const {
+    long long lo = kTransposed ? key_time(key + lane_id() % kRows) : query_time(query + lane_id() % kRows), hi = lo;
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+      lo = min(lo, __shfl_xor_sync(~0u, lo, d));
+      hi = max(hi, __shfl_xor_sync(~0u, hi, d));
+    }
+    const long long left = kTransposed ? query_time(query) : key_time(key),
+                    right = kTransposed ? query_time(query + kCols - 1) : key_time(key + kCols - 1);
+    constexpr long long kFar = 1ll << 61;
+    if (min(lo, left) < -kFar || max(hi, right) > kFar || right - left > INT32_MAX) return {0, 0, false};
+    const long long gap_lo = kTransposed ? left - hi : lo - right, gap_hi = kTransposed ? right - lo : hi - left;
+    const int2 range = buckets(gap_lo, gap_hi);
+    return {range.x, range.y, true};
   }
 
   // How many of the boundaries are <= gap, known to lie in [lo, hi].
@@ -85,9 +133,8 @@ struct TimeTerm {
     return c.bucket + (gap >= c.threshold);
   }
   __device__ __forceinline__ float weight_of(int gap) const {
-    // The threshold first and one of the weights then: whole cells in flight would take four registers each.
-    const uint32_t c = cells + cell_of(gap) * static_cast<int>(sizeof(TimeCell));
-    return ptx::ld_shared(c + (gap >= ptx::ld_shared_int(c) ? 12 : 8));
+    const TimeCell c = cell(cell_of(gap));
+    return __ldg(weight + c.bucket + (gap >= c.threshold));
   }
   // Do all gaps in [lo, hi] lie in cells that answer with one comparison?
   __device__ __forceinline__ bool simple(int lo, int hi) const {
