@@ -34,16 +34,17 @@ inline Status make_tensor_map(CUtensorMap& map, DType type, const View& view, in
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(view.head_stride) * 2,
                                 static_cast<cuuint64_t>(view.row_stride) * 2};
   const cuuint32_t box[] = {kPanel, 1, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1, 1};
-  const auto encode_it = [&] {
-    return encode(&map, type == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-                  view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  };
-  CUresult result = encode_it();
-  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // the first call of a thread, autograd's for one
-    HSTU_TRY(cudaFree(nullptr));
-    result = encode_it();
-  }
+  // It needs a current context, which a new thread (autograd's for one) may not have yet.
+  thread_local const cudaError_t context = [] {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error == cudaSuccess ? cudaSetDevice(device) : error;
+  }();
+  HSTU_TRY(context);
+  const CUresult result =
+      encode(&map, type == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+             view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return {"cuTensorMapEncodeTiled: error " + std::to_string(result)};
   return {};
 }
