@@ -30,6 +30,15 @@ def test_random(block, device):
         check(random_case(seed), DTYPES[1 + seed % 3], device, seed=seed)
 
 
+@pytest.mark.parametrize("dim", (64, 128, 256))
+def test_few_queries_against_many_keys(dim, device):
+    """Kernels split the keys where there are too few queries to fill the device."""
+    for queries in (40, 200):
+        check(
+            Case("", (1100,), queries=(queries,), heads=1, dim_qk=dim, dim_v=dim, num_targets=(30,)), DTYPES[3], device
+        )
+
+
 def test_padding_changes_nothing(device):
     """max_seq_len sets the default scale and nothing else."""
     inputs = make(SMALL[5], device=device, grad=False)

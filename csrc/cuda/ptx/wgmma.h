@@ -82,7 +82,7 @@ struct Wgmma;
 
 // multiply_rows: both operands from shared memory, rows along M and N. multiply_columns: the same with rows along K.
 // multiply_fragment: A from registers, B's rows along K. multiply_fragment_rows: A from registers, B's rows along N.
-#define HSTU_WGMMA(kN, kRegs, T, kType, p0, p1, p2, p3, p4, p5)                                                          \
+#define HSTU_WGMMA(kN, kRegs, T, kType, p0, p1, p2, p3, p4, p5)                                                       \
   template <>                                                                                                         \
   struct Wgmma<kN, T> {                                                                                               \
     __device__ static __forceinline__ void multiply_rows(float (&d)[kRegs], uint64_t a, uint64_t b, bool add) {       \
@@ -108,7 +108,7 @@ struct Wgmma;
                                                                   uint64_t b, bool add) {                             \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN             \
                    "k16.f32." kType "." kType " {" HSTU_REGS##kRegs "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3         \
-                   "}, %" #p4 ", p, 1, 1, 0;\n}\n"                                                                    \
+                                                                    "}, %" #p4 ", p, 1, 1, 0;\n}\n"                   \
                    : HSTU_ACC##kRegs                                                                                  \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                 \
     }                                                                                                                 \
