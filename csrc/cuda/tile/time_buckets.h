@@ -75,11 +75,11 @@ struct TimeTerm {
   template <bool kQueries>
   __device__ __forceinline__ bool rising(int thread, int threads) const {
     const int64_t* times = kQueries ? query_times : key_times;
-    bool yes = true;
+    int falls = 0;  // not a conjunction: that would wait for one pair of times before it loads the next
 #pragma unroll 8
     for (int i = (kQueries ? first_query : 0) + thread; i < last_key; i += threads)
-      yes = yes && __ldg(times + i) <= __ldg(times + i + 1);
-    return yes;
+      falls += __ldg(times + i) > __ldg(times + i + 1);
+    return falls == 0;
   }
 
   // Of two gaps: the searches wait for memory together.

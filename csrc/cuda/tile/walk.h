@@ -96,7 +96,7 @@ template <int kN>
 struct ColumnBits {
   unsigned words[(kN + 3) / 4];
 
-  __device__ __forceinline__ ColumnBits() = default;
+  ColumnBits() = default;
   __device__ __forceinline__ ColumnBits(const Mask& mask, int row, int end_row, int col) {
 #pragma unroll
     for (int i = 0; i < (kN + 3) / 4; ++i) {
