@@ -1,7 +1,7 @@
 // Who does what. Work items are (block of rows, head) of real sequences only: every warp finds its item from the
 // offsets by itself, without shared memory, host or a second kernel. Items are walked in groups of sequences and heads
-// whose keys fit the L2, longest first inside a group. Any content of the offsets gives a complete walk: a block of threads takes
-// items until there are none.
+// whose keys fit the L2, longest first inside a group. Any content of the offsets gives a complete walk: a block of
+// threads takes items until there are none.
 #pragma once
 
 #include "core/jagged.h"
@@ -142,9 +142,9 @@ class WorkFinder {
   }
 
   const Schedule& s_;
-  int count_[4] = {0, 0, 0, 0};            // blocks of this lane's sequences
-  int chunk_ = -kChunk, group_ = 0;        // first sequence examined; first of the group, from there
-  unsigned before_ = 0, chunk_end_ = 0;    // blocks before this lane's sequences, and up to the end of the chunk
+  int count_[4] = {0, 0, 0, 0};               // blocks of this lane's sequences
+  int chunk_ = -kChunk, group_ = 0;           // first sequence examined; first of the group, from there
+  unsigned before_ = 0, chunk_end_ = 0;       // blocks before this lane's sequences, and up to the end of the chunk
   unsigned group_begin_ = 0, group_end_ = 0;  // blocks before and up to the end of the group
 };
 
