@@ -13,11 +13,10 @@ namespace {
 template <Gate kGate, bool kSums>
 struct Config {
   static constexpr int kTensors = kGate == Gate::kNone ? 2 : 3;
-  static constexpr int kBlocks = kGate == Gate::kAny || kSums ? 2 : kGate == Gate::kNone ? 4 : 3;  // of a processor
-  static constexpr int kStages = kBlocks == 2 ? 4 : 3;
+  static constexpr int kStages = 4;
+  static constexpr int kBlocks = kGate == Gate::kNone && !kSums ? 3 : 2;  // of a processor
 };
 
-// kSums: there is a weight or a bias, or their gradients are wanted.
 template <class T, Gate kGate, bool kSums>
 struct Backward {
   using R = Ring<T, Config<kGate, kSums>::kTensors, Config<kGate, kSums>::kStages>;
@@ -34,7 +33,7 @@ struct Backward {
   float sum_weight[kPieces][kElements], sum_bias[kPieces][kElements];
 
   __device__ Backward(const NormBwdParams& params, const TeamLayout& layout, float* shared)
-      : params(params), p(params.problem), at(p, layout), dropper(p.dropout, layout.scale), shared(shared), x(at, p.x) {
+      : params(params), p(params.problem), at(p, layout), dropper(p.dropout), shared(shared), x(at, p.x) {
     grad_out = Stream<T>(at, params.grad_out, kCopies && p.concat ? 2 * int64_t{p.columns} : 0);
     grad_x = Stream<T>(at, params.grad_x);
     if constexpr (kGated) u = Stream<T>(at, p.u), grad_u = Stream<T>(at, params.grad_u);
@@ -74,10 +73,11 @@ struct Backward {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       if (iteration >= at.counts[piece]) continue;
+      if constexpr (kCopies) kept |= (dropped(iteration, piece, Section::kProduct) & 0xff) << (8 * piece);
       const Piece<T> in = R::get(stage, 0, piece);
       Floats product, d;
       gradients(stage, piece, gate(stage, piece), kept, product, d);
-      if constexpr (kSums) with_affine(at, p.weight, piece, d, Times());
+      with_affine(at, p.weight, piece, d, Times());
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         const float z = in[e] - pivot;
@@ -85,10 +85,10 @@ struct Backward {
       }
     }
     team_sum(sums, at.lanes, shared);
-    const Statistics s(at, pivot, sums[0], sums[1]);
+    const Statistics s(p, pivot, sums[0], sums[1]);
     // What the mean and the variance take from each element's gradient.
-    const float shift = sums[2] * at.inverse;
-    const float slope = (sums[3] * at.inverse - (s.mean - pivot) * shift) * s.rstd;
+    const float inverse = 1.f / static_cast<float>(at.width), shift = sums[2] * inverse;
+    const float slope = (sums[3] * inverse - (s.mean - pivot) * shift) * s.rstd;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece)
       if (iteration < at.counts[piece]) write(stage, iteration, piece, kept, s, shift, slope);
@@ -108,7 +108,7 @@ struct Backward {
         sum_bias[piece][e] += d[e];
       }
     }
-    if constexpr (kSums) with_affine(at, p.weight, piece, d, Times());
+    with_affine(at, p.weight, piece, d, Times());
 #pragma unroll
     for (int e = 0; e < kElements; ++e) to[e] = s.rstd * ((d[e] - shift) - s.template normed<T>(in[e]) * slope);
     add_copy(iteration, piece, Section::kInput, to);
@@ -116,10 +116,8 @@ struct Backward {
     if constexpr (kGated) {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) to[e] = s.template normed<T>(in[e]);
-      if constexpr (kSums) {
-        with_affine(at, p.weight, piece, to, Times());
-        with_affine(at, p.bias, piece, to, Plus());
-      }
+      with_affine(at, p.weight, piece, to, Times());
+      with_affine(at, p.bias, piece, to, Plus());
 #pragma unroll
       for (int e = 0; e < kElements; ++e) to[e] *= product[e];
       add_copy(iteration, piece, Section::kGate, to);
@@ -221,10 +219,6 @@ int summing_blocks(const NormProblem& p) {
   return blocks;
 }
 
-bool needs_sums(const NormBwdParams& params) {
-  return params.grad_weight || params.problem.weight || params.problem.bias;
-}
-
 Status clear_sums(const NormBwdParams& params, cudaStream_t stream) {
   for (void* to : {params.grad_weight, params.grad_bias})
     if (to) HSTU_TRY(cudaMemsetAsync(to, 0, sizeof(float) * params.problem.columns, stream));
@@ -243,7 +237,7 @@ Status column_sums(const NormBwdParams& params, const float* sums, int count, cu
 
 size_t norm_bwd_workspace(const NormBwdParams& params) {
   const NormProblem& p = params.problem;
-  if (!needs_sums(params) || p.rows == 0) return 0;
+  if (!params.grad_weight || p.rows == 0) return 0;
   const int count = max_int(norm_any_sums(p), fits_teams(p) ? summing_blocks(p) : 0);
   return sizeof(float) * 2 * static_cast<size_t>(p.columns) * count;
 }
@@ -253,10 +247,10 @@ Status norm_bwd(const NormBwdParams& params, void* workspace, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   if (p.dtype == DType::kFloat64) return {kNoFloat64};
   if (p.rows == 0) return clear_sums(params, queue);
-  float* const sums = needs_sums(params) ? static_cast<float*>(workspace) : nullptr;
+  float* const sums = params.grad_weight ? static_cast<float*>(workspace) : nullptr;
   if (!fits_teams(p) || !aligned(params.grad_out, p.dtype) || !aligned(params.grad_x, p.dtype) ||
       !aligned(params.grad_u, p.dtype))
-    return norm_any_bwd(params, params.grad_weight ? sums : nullptr, queue);
+    return norm_any_bwd(params, sums, queue);
   const TeamLayout layout = team_layout(p);
   const Status status = with_type(p.dtype, [&](auto element) {
     return with_gate(gate_of(p), [&](auto gate) {
@@ -272,7 +266,7 @@ Status norm_bwd(const NormBwdParams& params, void* workspace, void* stream) {
       });
     });
   });
-  return status.ok() && params.grad_weight ? column_sums(params, sums, summing_blocks(p), queue) : status;
+  return status.ok() && sums ? column_sums(params, sums, summing_blocks(p), queue) : status;
 }
 
 }  // namespace hstu_ops::cuda

@@ -15,7 +15,7 @@ struct Config {
   static constexpr int kBlocks = kGate == Gate::kNone ? 4 : kGate == Gate::kAny ? 2 : 3;  // of a processor
 };
 
-template <class T, Gate kGate, bool kAffine>
+template <class T, Gate kGate>
 struct Forward {
   using R = Ring<T, Config<kGate>::kTensors, Config<kGate>::kStages>;
   using Floats = typename Piece<T>::Floats;
@@ -30,12 +30,7 @@ struct Forward {
   int64_t section_bytes;  // from a section of the result to the next
 
   __device__ Forward(const NormFwdParams& params, const TeamLayout& layout, float* shared)
-      : p(params.problem),
-        at(p, layout),
-        dropper(p.dropout, layout.scale),
-        shared(shared),
-        x(at, p.x),
-        out(at, params.out) {
+      : p(params.problem), at(p, layout), dropper(p.dropout), shared(shared), x(at, p.x), out(at, params.out) {
     if constexpr (kGate != Gate::kNone) u = Stream<T>(at, p.u);
     section_bytes = kCopies && p.concat ? p.columns * int64_t{sizeof(T)} : 0;
   }
@@ -59,7 +54,7 @@ struct Forward {
       }
     }
     team_sum(sums, at.lanes, shared);
-    const Statistics s(at, pivot, sums[0], sums[1]);
+    const Statistics s(p, pivot, sums[0], sums[1]);
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece)
       if (iteration < at.counts[piece]) write(stage, iteration, piece, s);
@@ -71,10 +66,8 @@ struct Forward {
     Floats z;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) z[e] = s.template normed<T>(in[e]);
-    if constexpr (kAffine) {
-      with_affine(at, p.weight, piece, z, Times());
-      with_affine(at, p.bias, piece, z, Plus());
-    }
+    with_affine(at, p.weight, piece, z, Times());
+    with_affine(at, p.bias, piece, z, Plus());
     if constexpr (kGate != Gate::kNone) {
       const Piece<T> gate = R::get(stage, 1, piece);
       Floats g;
@@ -110,13 +103,13 @@ struct Forward {
   }
 };
 
-template <class T, Gate kGate, bool kAffine>
+template <class T, Gate kGate>
 __global__ void __launch_bounds__(kThreads, Config<kGate>::kBlocks)
     norm_fwd_kernel(const __grid_constant__ NormFwdParams params, const TeamLayout layout) {
   extern __shared__ uint4 memory[];
   __shared__ float shared[kTeamSumFloats<2>];
-  Forward<T, kGate, kAffine> rows(params, layout, shared);
-  Forward<T, kGate, kAffine>::R::walk(
+  Forward<T, kGate> rows(params, layout, shared);
+  Forward<T, kGate>::R::walk(
       memory, rows.at.iterations, [&](uint32_t stage, int iteration) { rows.fetch(stage, iteration); },
       [&](uint32_t stage, int iteration) { rows.run(stage, iteration); });
 }
@@ -133,17 +126,15 @@ Status norm_fwd(const NormFwdParams& params, void*, void* stream) {
   if (!fits_teams(p) || !aligned(params.out, p.dtype)) return norm_any_fwd(params, queue);
   const TeamLayout layout = team_layout(p);
   return with_type(p.dtype, [&](auto element) {
-    return with_gate(gate_of(p), [&](auto gate) {
-      return with_flag(p.weight || p.bias, [&](auto affine) -> Status {
-        using C = Config<gate.value>;
-        constexpr int kBytes = Forward<decltype(element), gate.value, affine.value>::R::kBytes;
-        const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks)), group_blocks(p, layout));
-        const auto kernel = norm_fwd_kernel<decltype(element), gate.value, affine.value>;
-        HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-        kernel<<<grid, kThreads, kBytes, queue>>>(params, layout);
-        HSTU_TRY(cudaGetLastError());
-        return {};
-      });
+    return with_gate(gate_of(p), [&](auto gate) -> Status {
+      using C = Config<gate.value>;
+      constexpr int kBytes = Forward<decltype(element), gate.value>::R::kBytes;
+      const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks)), group_blocks(p, layout));
+      const auto kernel = norm_fwd_kernel<decltype(element), gate.value>;
+      HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+      kernel<<<grid, kThreads, kBytes, queue>>>(params, layout);
+      HSTU_TRY(cudaGetLastError());
+      return {};
     });
   });
 }

@@ -16,7 +16,7 @@ __device__ __forceinline__ void team_sum(float (&x)[kCount], int lanes, float* s
   }
   if (lanes <= 32) return;
   constexpr int kWarps = kThreads / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32, first = warp & ~(lanes / 32 - 1);
+  const int warp = static_cast<int>(threadIdx.x) / 32, team_warps = lanes / 32, first = warp / team_warps * team_warps;
   __syncthreads();  // the last sums have been read
 #pragma unroll
   for (int n = 0; n < kCount; ++n)
@@ -25,8 +25,7 @@ __device__ __forceinline__ void team_sum(float (&x)[kCount], int lanes, float* s
 #pragma unroll
   for (int n = 0; n < kCount; ++n) {
     x[n] = 0;
-#pragma unroll 1
-    for (int w = 0; w < lanes / 32; ++w) x[n] += shared[n * kWarps + first + w];
+    for (int w = 0; w < team_warps; ++w) x[n] += shared[n * kWarps + first + w];
   }
 }
 template <int kCount>
@@ -52,18 +51,17 @@ __device__ __forceinline__ float pivot_of(const Place<T>& at, uint32_t stage, in
     for (int e = 0; e < Piece<T>::kElements; ++e) total[0] += x[e];
   }
   team_sum(total, at.lanes, shared);
-  return total[0] * at.inverse;
+  return total[0] / static_cast<float>(at.width);
 }
 
 struct Statistics {
   float mean, rstd, offset;
 
   // From the sums of x - pivot and its square.
-  template <class T>
-  __device__ Statistics(const Place<T>& at, float pivot, float sum, float squares) {
-    const float shift = sum * at.inverse;
+  __device__ Statistics(const NormProblem& p, float pivot, float sum, float squares) {
+    const float inverse = 1.f / static_cast<float>(p.width()), shift = sum * inverse;
     mean = pivot + shift;
-    rstd = rsqrtf(fmaxf(squares * at.inverse - shift * shift, 0.f) + at.eps);
+    rstd = rsqrtf(fmaxf(squares * inverse - shift * shift, 0.f) + static_cast<float>(p.eps));
     offset = -mean * rstd;
   }
   // (x - mean) * rstd; of the rounding of a 16-bit x nothing is added by multiplying first.
@@ -79,7 +77,7 @@ struct Dropper {
   uint64_t seed = 0;
   float scale;
 
-  __device__ Dropper(const DropoutParams& p, float scale) : p(p), scale(scale) {
+  __device__ explicit Dropper(const DropoutParams& p) : p(p), scale(static_cast<float>(p.scale)) {
     if (p) seed = static_cast<uint64_t>(p.seed_values ? *p.seed_values : p.seed);
   }
 

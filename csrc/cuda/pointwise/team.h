@@ -8,7 +8,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "core/pointwise.h"
 #include "cuda/ptx/cp_async.h"
@@ -19,10 +18,9 @@ namespace hstu_ops::cuda {
 constexpr int kThreads = 256;  // of a block, and of a team at most
 
 struct TeamLayout {
-  int lanes = 0;                          // threads of a team, a power of 2
-  int groups = 0;                         // that a block takes of a row
-  int slots = 0;                          // rows that a block holds at a time
-  float inverse = 0, eps = 0, scale = 0;  // 1 / width; of the problem; of what dropout keeps
+  int lanes = 0;   // threads of a team, a power of 2
+  int groups = 0;  // that a block takes of a row
+  int slots = 0;   // rows that a block holds at a time
 };
 
 constexpr int kPieces = 2;  // of a thread
@@ -36,14 +34,7 @@ struct Piece {
     T element[kElements];
   };
 
-  __device__ float operator[](int e) const {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the compiler takes two instructions for every second one
-      const uint32_t two = e < 4 ? (e < 2 ? word.x : word.y) : e < 6 ? word.z : word.w;
-      return __uint_as_float(e % 2 ? two & 0xffff0000 : two << 16);
-    } else {
-      return static_cast<float>(element[e]);
-    }
-  }
+  __device__ float operator[](int e) const { return static_cast<float>(element[e]); }
 };
 
 // Which columns of which rows are a thread's.
@@ -58,10 +49,8 @@ struct Place {
   int counts[kPieces];  // rows in which a piece exists
   int iterations;       // of the block
   int64_t row, step;    // the first row, and from one to the next
-  float inverse, eps;   // 1 / width
 
-  __device__ Place(const NormProblem& p, const TeamLayout& layout)
-      : lanes(layout.lanes), width(p.width()), inverse(layout.inverse), eps(layout.eps) {
+  __device__ Place(const NormProblem& p, const TeamLayout& layout) : lanes(layout.lanes), width(p.width()) {
     const int lane = static_cast<int>(threadIdx.x) % lanes, team = static_cast<int>(threadIdx.x) / lanes;
     const int group = static_cast<int>(blockIdx.y) * layout.groups + team % layout.groups;
     const int slot = team / layout.groups;

@@ -30,9 +30,6 @@ inline TeamLayout team_layout(const NormProblem& p) {
   const int teams = kThreads / layout.lanes;
   layout.groups = min_int(p.groups, teams);
   layout.slots = teams / layout.groups;
-  layout.inverse = 1.f / static_cast<float>(p.width());
-  layout.eps = static_cast<float>(p.eps);
-  layout.scale = static_cast<float>(p.dropout.scale);
   return layout;
 }
 
