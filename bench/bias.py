@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 import attention
+import common
 import measure
-import session
 import torch
 from problems import Problem, dense, label
 from suites import Entry
@@ -21,9 +21,9 @@ DENSE_UP_TO = 2048  # rows: a dense bias of 4 heads is then 64 MiB in float32
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = session.parser("bias", __doc__)
-    p.add_argument("--lengths", type=session.numbers, help="N (default 1024,4096,8192 on CUDA, 512,1024 on CPU)")
-    p.add_argument("--dims", type=session.numbers, help="head dimensions (default 64,128 on CUDA, 64 on CPU)")
+    p = common.parser("bias", __doc__)
+    p.add_argument("--lengths", type=common.numbers, help="N (default 1024,4096,8192 on CUDA, 512,1024 on CPU)")
+    p.add_argument("--dims", type=common.numbers, help="head dimensions (default 64,128 on CUDA, 64 on CPU)")
     p.add_argument("--tokens", type=int, help="rows in all (default 131072 on CUDA, 4096 on CPU)")
     p.add_argument("--heads", type=int, default=4, help="(default 4)")
     args = p.parse_args(argv)

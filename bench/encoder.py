@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import problems
-import session
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -36,8 +36,8 @@ PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::add
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = session.parser("encoder", __doc__)
-    p.add_argument("--lengths", type=session.numbers, help="N (default 1024,2048,4096,8192 on CUDA, 256,512 on CPU)")
+    p = common.parser("encoder", __doc__)
+    p.add_argument("--lengths", type=common.numbers, help="N (default 1024,2048,4096,8192 on CUDA, 256,512 on CPU)")
     p.add_argument("--tokens", type=int, help="rows of a batch before cuts (default 262144 on CUDA, 2048 on CPU)")
     p.add_argument("--layers", type=int, help="(default 2; the time of both models is that of so many)")
     p.add_argument("--width", type=int, default=512, help="d (default 512)")
@@ -90,8 +90,8 @@ def choose(args: argparse.Namespace, device: str) -> list[Case]:
     return cases
 
 
-def build(case: Case, args: argparse.Namespace, bench: session.Session):
-    """The encoder, on the device and in the type of the session."""
+def build(case: Case, args: argparse.Namespace, bench: common.Bench):
+    """The encoder, on the device and in the type of the common."""
     where = {"device": bench.device, "dtype": bench.dtype}
     shape = (args.layers, args.width, args.heads)
     if case.model == "Transformer":
@@ -102,7 +102,7 @@ def build(case: Case, args: argparse.Namespace, bench: session.Session):
     return hstu_ops.HSTU(*shape, max_seq_len=case.length, relative_bias=bias, **where)
 
 
-def step(case: Case, args: argparse.Namespace, bench: session.Session) -> Callable[[], object]:
+def step(case: Case, args: argparse.Namespace, bench: common.Bench) -> Callable[[], object]:
     """One call: forward, and in training backward to the input and all weights."""
     encoder = build(case, args, bench)
     lengths = torch.tensor(case.lengths, device=bench.device)
@@ -138,7 +138,7 @@ def components(call: Callable[[], object], device: str) -> dict[str, float]:
 def run(args: argparse.Namespace) -> int:
     args.layers = args.layers or 2
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    bench = session.Session("encoder", args, args.dtype or ("bf16" if cuda else "fp32"), COLUMNS)
+    bench = common.Bench("encoder", args, args.dtype or ("bf16" if cuda else "fp32"), COLUMNS)
     cases = choose(args, bench.device)
     bench.head(
         f"{args.layers} layers, d {args.width}, h {args.heads}, {bench.dtype}; x: times as long the Transformer takes",
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     return bench.finish(("model", "pass", "N", "batch", "layers", "width", "heads"), draw)
 
 
-def draw(pyplot, bench: session.Session, path: Path) -> None:
+def draw(pyplot, bench: common.Bench, path: Path) -> None:
     lines: dict[str, dict] = {}
     for row in bench.rows:
         for quantity, value in (
@@ -184,13 +184,13 @@ def draw(pyplot, bench: session.Session, path: Path) -> None:
         ):
             if value is not None:
                 lines.setdefault(quantity, {}).setdefault(row["model"], []).append((row["N"], value))
-    session.panels(pyplot, bench, path, lines, "length of the sequences")
+    common.panels(pyplot, bench, path, lines, "length of the sequences")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
 
-    return session.main("encoder", run, args)
+    return common.main("encoder", run, args)
 
 
 if __name__ == "__main__":

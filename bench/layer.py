@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import problems
-import session
 import torch
 
 import hstu_ops
@@ -25,10 +25,8 @@ VARIANTS = ("research", "production", "research + bias", "recompute")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = session.parser("layer", __doc__)
-    p.add_argument(
-        "--lengths", type=session.numbers, help="N (default 1024,2048,4096,8192 on CUDA, 128,256,512 on CPU)"
-    )
+    p = common.parser("layer", __doc__)
+    p.add_argument("--lengths", type=common.numbers, help="N (default 1024,2048,4096,8192 on CUDA, 128,256,512 on CPU)")
     p.add_argument("--batch", type=int, help="sequences (default 32 on CUDA, 4 on CPU)")
     p.add_argument("--width", type=int, help="of the rows (default 1024 on CUDA, 256 on CPU)")
     p.add_argument("--heads", type=int, default=4, help="(default 4); their dimension is width / heads")
@@ -48,7 +46,7 @@ class Case:
         return f"{self.variant} N {self.length} {self.direction}"
 
 
-def build(variant: str, length: int, args: argparse.Namespace, bench: session.Session):
+def build(variant: str, length: int, args: argparse.Namespace, bench: common.Bench):
     options = {"alpha": 1.0} if variant != "production" else {"silu": (True, False, False, False), "output_bias": False}
     if variant == "production":
         options |= {"norm_affine": True, "concat": True, "uvqk_bias": True}
@@ -85,7 +83,7 @@ def step(case: Case, args: argparse.Namespace, bench) -> tuple[Callable[[], obje
 
 def run(args: argparse.Namespace) -> int:
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    bench = session.Session("layer", args, args.dtype or ("bf16" if cuda else "fp32"), COLUMNS)
+    bench = common.Bench("layer", args, args.dtype or ("bf16" if cuda else "fp32"), COLUMNS)
     cuda = bench.device == "cuda"
     args.batch = args.batch or ((8 if args.quick else 32) if cuda else 4)
     args.width = args.width or (1024 if cuda else 256)
@@ -124,20 +122,20 @@ def run(args: argparse.Namespace) -> int:
     return bench.finish(("layer", "pass", "N", "batch", "width", "heads"), draw)
 
 
-def draw(pyplot, bench: session.Session, path: Path) -> None:
+def draw(pyplot, bench: common.Bench, path: Path) -> None:
     lines: dict[str, dict] = {}
     for row in bench.rows:
         labelled = lines.setdefault(f"TFLOP/s, {row['pass']}", {})
         labelled.setdefault(row["layer"], []).append((row["N"], row["TFLOP/s"]))
         if row["published"]:
             labelled.setdefault("published, H100", []).append((row["N"], row["published"]))
-    session.panels(pyplot, bench, path, {x: {a: sorted(set(b)) for a, b in y.items()} for x, y in lines.items()}, "N")
+    common.panels(pyplot, bench, path, {x: {a: sorted(set(b)) for a, b in y.items()} for x, y in lines.items()}, "N")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
 
-    return session.main("layer", run, args)
+    return common.main("layer", run, args)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import problems
 import report
-import session
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,7 +33,7 @@ OPTIONS += (("projection", "silu", "attention"),)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = session.parser("memory", __doc__)
+    p = common.parser("memory", __doc__)
     p.add_argument("--length", type=int, help="of the sequences (default 1024 on CUDA, 128 on CPU)")
     p.add_argument("--batch", type=int, help="sequences (default 64 on CUDA, 4 on CPU)")
     p.add_argument("--layers", type=int, default=4, help="(default 4)")
@@ -53,7 +53,7 @@ class Case:
         return self.model + (f", recompute {' '.join(self.recompute)}" if self.recompute else "")
 
 
-def build(case: Case, args: argparse.Namespace, bench: session.Session):
+def build(case: Case, args: argparse.Namespace, bench: common.Bench):
     shape, options = (args.layers, args.width, args.heads), {"device": bench.device, "dtype": bench.dtype}
     if case.model == "Transformer":
         return Transformer(*shape, max_seq_len=args.length, hidden_dim=4 * args.width, **options)
@@ -84,7 +84,7 @@ def kept_bytes(forward) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    bench = session.Session("memory", args, args.dtype or "bf16", COLUMNS)
+    bench = common.Bench("memory", args, args.dtype or "bf16", COLUMNS)
     cuda = bench.device == "cuda"
     args.length = args.length or (1024 if cuda else 128)
     args.batch = args.batch or ((16 if args.quick else 64) if cuda else 4)
@@ -135,7 +135,7 @@ def _allocated(forward) -> int:
     return held
 
 
-def draw(pyplot, bench: session.Session, path: Path) -> None:
+def draw(pyplot, bench: common.Bench, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 1.6 + 0.4 * len(bench.rows)))
     labels = [f"{x['model']} ({x['ms']:.3g} ms)" for x in bench.rows]
     axis.barh(labels, [x["x d"] for x in bench.rows], color=["C1" if "Tr" in x else "C0" for x in labels])
@@ -150,7 +150,7 @@ def draw(pyplot, bench: session.Session, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
 
-    return session.main("memory", run, args)
+    return common.main("memory", run, args)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import harness
 import measure
 import report
-import session
 import torch
 import torch.nn.functional as F
 from problems import type_named
@@ -32,7 +32,7 @@ U_ONLY = (True, False, False, False)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = session.parser("pointwise", __doc__)
+    p = common.parser("pointwise", __doc__)
     p.add_argument("--rows", type=int, help="T (default 131072 on CUDA, 8192 on CPU)")
     p.add_argument("--dim", type=int, default=512, help="d: columns of u, v, q and k each (default 512)")
     p.add_argument("--heads", type=int, default=8, help="(default 8)")
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.cases.split(",") if args.cases else list(found)
     if unknown := set(names) - set(found):
         raise ValueError(f"--cases: expected some of {', '.join(found)}, got {', '.join(sorted(unknown))}")
-    bench = session.Session("pointwise", args, dtypes[0], COLUMNS)
+    bench = common.Bench("pointwise", args, dtypes[0], COLUMNS)
     cuda = bench.device == "cuda"
     rows = args.rows or ((16384 if args.quick else 131072) if cuda else (1024 if args.quick else 8192))
     providers = [] if args.providers == "none" else args.providers.split(",")
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     return bench.finish(("case", "pass", "rows", "dim", "heads"), draw)
 
 
-def draw(pyplot, bench: session.Session, path: Path) -> None:
+def draw(pyplot, bench: common.Bench, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 1.6 + 0.3 * len(bench.rows)))
     labels = [f"{x['case']} {x['dtype']} {x['pass']}" for x in bench.rows]
     axis.barh(labels, [x["GB/s"] for x in bench.rows], color=[f"C{x['pass'] == 'bwd':d}" for x in bench.rows])
@@ -169,7 +169,7 @@ def draw(pyplot, bench: session.Session, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    return session.main("pointwise", run, args)
+    return common.main("pointwise", run, args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import bias
+import common
 import encoder
 import harness
 import layer
@@ -19,7 +20,6 @@ import peaks
 import pointwise
 import report
 import run
-import session
 
 
 @pytest.fixture(autouse=True)
@@ -186,8 +186,8 @@ def test_run_runs_all_and_goes_on_after_a_failure(capsys, monkeypatch):
 
 
 def test_a_line_of_the_table(monkeypatch, capsys, known_peaks):
-    args = session.parser("a", "").parse_args(["--device=cpu", "--quick"])
-    bench = session.Session("a", args, "fp32", {"name": "<6", "ms": ">8.2f", "x": ">5.1f"})
+    args = common.parser("a", "").parse_args(["--device=cpu", "--quick"])
+    bench = common.Bench("a", args, "fp32", {"name": "<6", "ms": ">8.2f", "x": ">5.1f"})
     bench.head("what it is")
     bench.add({"name": "b", "x": None}, harness.summarise([0.0125], "cpu"))
     assert capsys.readouterr().out.splitlines()[-3:] == ["", "name         ms     x", "b         12.50     -"]

@@ -40,7 +40,7 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     return p
 
 
-class Session:
+class Bench:
     """One run of a bench. `columns` of its table: names and formats; a row may hold more, for the CSV file alone."""
 
     def __init__(self, name: str, args: argparse.Namespace, dtype: str, columns: dict[str, str]) -> None:
@@ -137,9 +137,7 @@ def main(name: str, run: Callable[[argparse.Namespace], int], args: argparse.Nam
         return 2
 
 
-def panels(
-    pyplot, session: Session, path: Path, lines: dict[str, dict[str, list[tuple[float, float]]]], x: str
-) -> None:
+def panels(pyplot, bench: Bench, path: Path, lines: dict[str, dict[str, list[tuple[float, float]]]], x: str) -> None:
     """A panel for each quantity, two in a row; in it a line for each label through its points."""
     across = min(2, len(lines))
     down = -(-len(lines) // across)
@@ -154,4 +152,4 @@ def panels(
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    report.finish_figure(pyplot, figure, session.env, path)
+    report.finish_figure(pyplot, figure, bench.env, path)
