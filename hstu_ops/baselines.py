@@ -84,17 +84,7 @@ class SoftmaxHSTULayer(HSTULayer):
         u, v, q, k = silu_split(uvqk, (hidden_v, hidden_v, hidden_qk, hidden_qk), self.silu)
         heads = (x.unflatten(1, (self.num_heads, -1)) for x in (q, k, v))
         a = softmax_attention(*heads, seq_offsets, self.max_seq_len, alpha=self.alpha, **options)
-        return norm_gate(
-            a.flatten(1),
-            u,
-            self.output_norm_weight,
-            self.output_norm_bias,
-            groups=self.num_heads if self.norm_per_head else 1,
-            eps=self.eps,
-            dropout=self.dropout,
-            training=self.training,
-            concat=self.concat,
-        )
+        return norm_gate(a.flatten(1), u, self.output_norm_weight, self.output_norm_bias, **self._gate_options())
 
 
 class SoftmaxHSTU(HSTU):

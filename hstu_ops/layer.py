@@ -190,14 +190,20 @@ class HSTULayer(nn.Module):
             alpha=self.alpha,
             norm_weight=self.output_norm_weight,
             norm_bias=self.output_norm_bias,
+            **self._gate_options(),
+            recompute_silu="silu" in self.recompute,
+            recompute_attention="attention" in self.recompute,
+            **options,
+        )
+
+    def _gate_options(self) -> dict[str, object]:
+        """Of `norm_gate`, beside weight and bias."""
+        return dict(
             groups=self.num_heads if self.norm_per_head else 1,
             eps=self.eps,
             dropout=self.dropout,
             training=self.training,
             concat=self.concat,
-            recompute_silu="silu" in self.recompute,
-            recompute_attention="attention" in self.recompute,
-            **options,
         )
 
     def _kept_unless(self, reasons: tuple[str, ...], tensor: Tensor, compute: Callable[[], Tensor]):

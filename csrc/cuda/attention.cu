@@ -44,17 +44,19 @@ Status dispatch(const char* what, int value, std::integer_sequence<int, kValues.
   return status;
 }
 
+// One compiled dimension serves both.
+int head_dim(const AttentionProblem& a) { return a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v; }
+
 int padded_dim(const AttentionProblem& a) {
-  int dim = a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v, padded = 32;
-  while (padded < dim) padded *= 2;
+  int padded = 32;
+  while (padded < head_dim(a)) padded *= 2;
   return padded;
 }
 
 // f(element, head dimension): a value of the element type and a constant.
 template <class F>
 Status dispatch(const AttentionProblem& a, F&& f) {
-  const int dim = a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v;
-  return dispatch("head dimension", dim, HeadDims{}, [&](auto d) -> Status {
+  return dispatch("head dimension", head_dim(a), HeadDims{}, [&](auto d) -> Status {
     switch (a.dtype) {
       case DType::kFloat16:
         return f(__half{}, d);
@@ -158,8 +160,7 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
 // f(element, head dimension) as dispatch() above, with what the Hopper kernels are built for.
 template <class F>
 Status dispatch_sm90(const AttentionProblem& a, F&& f) {
-  const int dim = a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v;
-  return dispatch("head dimension", dim, std::integer_sequence<int, 64, 128, 256>{},
+  return dispatch("head dimension", head_dim(a), std::integer_sequence<int, 64, 128, 256>{},
                   [&](auto d) { return a.dtype == DType::kFloat16 ? f(__half{}, d) : f(__nv_bfloat16{}, d); });
 }
 #endif

@@ -15,8 +15,7 @@ void attention_fwd_op(abi::Value* stack, uint64_t num_inputs, uint64_t) {
   params.problem = problem_of(a);
   Tensor out = Tensor::empty({a.total_q(), a.heads(), a.v.size(2)}, a.q.dtype(), a.device());
   params.out = output_view(out);
-  launch(params, a.device(),
-         {cpu::attention_fwd_workspace, cpu::attention_fwd, cuda::attention_fwd_workspace, cuda::attention_fwd});
+  launch_attention(params, a.device());
   give_back(stack, {&out});
 }
 
@@ -38,8 +37,7 @@ void attention_bwd_op(abi::Value* stack, uint64_t num_inputs, uint64_t) {
   params.grad_k = output_view(grad_k);
   params.grad_v = output_view(grad_v);
   bias.ask(params);
-  launch(params, a.device(),
-         {cpu::attention_bwd_workspace, cpu::attention_bwd, cuda::attention_bwd_workspace, cuda::attention_bwd});
+  launch_attention(params, a.device());
   give_back(stack, {&grad_q, &grad_k, &grad_v, &bias.dense, &bias.position, &bias.time});
 }
 

@@ -48,4 +48,13 @@ void launch(const Params& params, Device device, const Launchers<Params>& launch
   if (!status.ok()) throw std::invalid_argument("hstu_ops: " + status.message);
 }
 
+inline void launch_attention(const AttentionFwdParams& params, Device device) {
+  launch(params, device,
+         {cpu::attention_fwd_workspace, cpu::attention_fwd, cuda::attention_fwd_workspace, cuda::attention_fwd});
+}
+inline void launch_attention(const AttentionBwdParams& params, Device device) {
+  launch(params, device,
+         {cpu::attention_bwd_workspace, cpu::attention_bwd, cuda::attention_bwd_workspace, cuda::attention_bwd});
+}
+
 }  // namespace hstu_ops

@@ -65,8 +65,9 @@ void give_operands(CoreArguments& c, const Tensor& uvqk, const Tensor& activated
   c.attention.k = operand(c, kK, uvqk, activated);
 }
 
-Tensor activate(const CoreArguments& c, const Tensor& uvqk) {
-  Tensor activated = Tensor::empty({uvqk.size(0), c.activated_columns()}, uvqk.dtype(), uvqk.device());
+// Those of v, q and k that have SiLU; add(part, i) says where results go.
+template <class F>
+SiluParams activated_parts(const CoreArguments& c, const Tensor& uvqk, F&& add) {
   SiluParams params;
   params.dtype = expect_float(uvqk, "uvqk");
   params.rows = uvqk.size(0);
@@ -74,11 +75,18 @@ Tensor activate(const CoreArguments& c, const Tensor& uvqk) {
     if (!c.silu[i]) continue;
     SiluPart part;
     part.x = rows_from(uvqk, c.first_column(i));
-    part.y = rows_from(activated, c.first_activated(i));
     part.columns = c.columns(i);
     part.activate = true;
+    add(part, i);
     add_part(params, part);
   }
+  return params;
+}
+
+Tensor activate(const CoreArguments& c, const Tensor& uvqk) {
+  Tensor activated = Tensor::empty({uvqk.size(0), c.activated_columns()}, uvqk.dtype(), uvqk.device());
+  const SiluParams params =
+      activated_parts(c, uvqk, [&](SiluPart& part, int i) { part.y = rows_from(activated, c.first_activated(i)); });
   if (params.count > 0) launch_silu_fwd(params, uvqk.device());
   return activated;
 }
@@ -88,8 +96,7 @@ Tensor attend(const AttentionProblem& problem, const Tensor& uvqk, int64_t colum
   AttentionFwdParams params;
   params.problem = problem;
   params.out = {a.data(), columns, problem.dim_v};
-  launch(params, uvqk.device(),
-         {cpu::attention_fwd_workspace, cpu::attention_fwd, cuda::attention_fwd_workspace, cuda::attention_fwd});
+  launch_attention(params, uvqk.device());
   return a;
 }
 
@@ -117,24 +124,13 @@ void attend_bwd(const CoreArguments& c, const AttentionProblem& problem, const T
   params.grad_k = slice(kK);
   params.grad_v = slice(kV);
   bias.ask(params);
-  launch(params, grad_a.device(),
-         {cpu::attention_bwd_workspace, cpu::attention_bwd, cuda::attention_bwd_workspace, cuda::attention_bwd});
+  launch_attention(params, grad_a.device());
 }
 
 // In place.
 void silu_bwd(const CoreArguments& c, const Tensor& uvqk, const Tensor& grad_uvqk) {
-  SiluParams params;
-  params.dtype = expect_float(uvqk, "uvqk");
-  params.rows = uvqk.size(0);
-  for (int i = kV; i < kParts; ++i) {
-    if (!c.silu[i]) continue;
-    SiluPart part;
-    part.x = rows_from(uvqk, c.first_column(i));
-    part.grad_out = part.grad_x = rows_from(grad_uvqk, c.first_column(i));
-    part.columns = c.columns(i);
-    part.activate = true;
-    add_part(params, part);
-  }
+  const SiluParams params = activated_parts(
+      c, uvqk, [&](SiluPart& part, int i) { part.grad_out = part.grad_x = rows_from(grad_uvqk, c.first_column(i)); });
   if (params.count > 0) launch_silu_bwd(params, uvqk.device());
 }
 

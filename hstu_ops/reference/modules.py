@@ -37,17 +37,7 @@ class HSTULayer(layer.HSTULayer):
             bias=bias,
             **masks,
         )
-        y = norm_gate(
-            a.flatten(1),
-            u,
-            self.output_norm_weight,
-            self.output_norm_bias,
-            groups=heads if self.norm_per_head else 1,
-            eps=self.eps,
-            dropout=self.dropout,
-            training=self.training,
-            concat=self.concat,
-        )
+        y = norm_gate(a.flatten(1), u, self.output_norm_weight, self.output_norm_bias, **self._gate_options())
         return x + self.output(y)
 
 

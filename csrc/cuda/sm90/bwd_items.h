@@ -1,13 +1,41 @@
-// Items of the backward's work (a block of keys of one head) and the tiles of queries each visits: the transposed view
-// of sm90/items.h.
+// Items of the backward's work (a block of keys of one head) and the tiles of queries each visits: found by some warps
+// in shared memory, read by all. Derived from core/mask.h.
 #pragma once
 
-#include "cuda/sm90/items.h"
+#include "cuda/tile/schedule.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-using BwdTile = FwdTile;  // of queries; "kept" and "covered" are about the keys of each warpgroup
-using BwdJob = FwdJob;
+// A tile of queries of an item and, for each computing warpgroup, whether it keeps any of its keys and all of them.
+class BwdTile {
+ public:
+  BwdTile() = default;
+  __device__ explicit BwdTile(int tile) : code_(tile << 8) {}
+
+  __device__ void set_group(int group, bool kept, bool covered) { code_ |= (kept | covered << 1) << 2 * group; }
+  __device__ void set_last() { code_ |= 128; }
+  __device__ int tile() const { return code_ >> 8; }
+  __device__ bool kept(int group) const { return code_ >> 2 * group & 1; }
+  __device__ bool covered(int group) const { return code_ >> 2 * group & 2; }
+  __device__ bool last() const { return code_ & 128; }
+  __device__ bool visited() const { return code_ & 127; }
+  __device__ BwdTile of_lane(int lane) const {
+    BwdTile t;
+    t.code_ = __shfl_sync(~0u, code_, lane);
+    return t;
+  }
+
+ private:
+  int code_ = 0;
+};
+
+// An item, found by one warp for all others.
+struct BwdJob {
+  Job job;
+  bool more;                // false: the block is done
+  bool any_tile;            // false: nothing keeps the item's keys
+  BwdTile first_tiles[32];  // the item's first tiles, visited or not
+};
 
 // Tile `index` as the item's keys see it.
 template <class C>

@@ -118,10 +118,6 @@ __device__ __forceinline__ float2 unpack(uint32_t x, __nv_bfloat16) {
 }
 
 template <class T>
-__device__ __forceinline__ float to_float(T x) {
-  return static_cast<float>(x);
-}
-template <class T>
 __device__ __forceinline__ T from_float(float x) {
   return static_cast<T>(x);
 }
