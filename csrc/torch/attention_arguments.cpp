@@ -10,7 +10,7 @@ namespace {
 
 // An option; lengths of 2^30 and more mean the same as 2^30, which is beyond every row.
 int length_option(int64_t value, const char* argument, int64_t least) {
-  expect(value >= least, argument, "at least " + std::to_string(least), std::to_string(value));
+  expect(value >= least, argument, [=] { return "at least " + text(least); }, value);
   return static_cast<int>(std::min<int64_t>(value, 1 << 30));
 }
 
@@ -38,8 +38,7 @@ const int64_t* int64_vector(const std::optional<Tensor>& tensor, const char* arg
 }
 
 JaggedParams jagged_params(const AttentionArguments& a) {
-  expect(a.seq_offsets.dim() == 1 && a.seq_offsets.size(0) >= 1, "seq_offsets", "shape [B + 1]",
-         shape_text(a.seq_offsets.shape()));
+  expect(a.seq_offsets.dim() == 1 && a.seq_offsets.size(0) >= 1, "seq_offsets", "shape [B + 1]", a.seq_offsets.shape());
   const Device device = a.device();
   const int64_t batch = a.batch();
   JaggedParams p;
@@ -50,13 +49,14 @@ JaggedParams jagged_params(const AttentionArguments& a) {
   expect_vector(a.seq_offsets, "seq_offsets", batch + 1, "[B + 1]", device);
   p.offsets = {a.seq_offsets.data(), a.seq_offsets.dtype() == abi::aoti_torch_dtype_int64()};
   p.offsets_q = int_array(a.seq_offsets_q, "seq_offsets_q", batch + 1, "[B + 1]", device);
-  expect(a.seq_offsets_q || p.total_q == p.total_kv, "q",
-         "as many rows as k (" + std::to_string(p.total_kv) + ") without seq_offsets_q", std::to_string(p.total_q));
+  expect(
+      a.seq_offsets_q || p.total_q == p.total_kv, "q",
+      [&] { return "as many rows as k (" + text(p.total_kv) + ") without seq_offsets_q"; }, p.total_q);
   p.num_targets = int_array(a.num_targets, "num_targets", batch, "[B]", device);
   p.contextual_seq_lens = int_array(a.contextual_seq_lens, "contextual_seq_lens", batch, "[B]", device);
   p.contextual_seq_len = length_option(a.contextual_seq_len, "contextual_seq_len", 0);
   expect(!a.contextual_seq_lens || p.contextual_seq_len == 0, "contextual_seq_len", "0 beside contextual_seq_lens",
-         std::to_string(p.contextual_seq_len));
+         p.contextual_seq_len);
   return p;
 }
 
@@ -96,8 +96,9 @@ Table table(const std::optional<Tensor>& tensor, const char* argument, const Att
   expect_dtype(*tensor, argument, {a.table_dtype()});
   expect_device(*tensor, argument, a.device());
   const int64_t dim = tensor->dim();
-  expect(dim == 1 || (dim == 2 && tensor->size(0) == a.heads()), argument,
-         "shape [n] or [H, n] with H = " + std::to_string(a.heads()), shape_text(tensor->shape()));
+  expect(
+      dim == 1 || (dim == 2 && tensor->size(0) == a.heads()), argument,
+      [&] { return "shape [n] or [H, n] with H = " + text(a.heads()); }, tensor->shape());
   expect_rows(*tensor, argument);
   expect_unexpanded(*tensor, argument, dim - 1);
   return {tensor->data(), dim == 2 ? tensor->stride(0) : 0, tensor->size(dim - 1)};
@@ -107,7 +108,7 @@ RelativeBiasParams relative_bias(const AttentionArguments& a) {
   RelativeBiasParams p;
   const Table position = table(a.position_weight, "position_weight", a);
   expect(!a.position_weight || position.size % 2 == 1, "position_weight", "an odd number of entries, 2 P - 1",
-         std::to_string(position.size));
+         position.size);
   p.position_weight = position.data;
   p.position_head_stride = position.head_stride;
   p.positions = int_size((position.size + 1) / 2, "position_weight");
@@ -139,13 +140,14 @@ DenseBiasParams dense_bias(const AttentionArguments& a) {
   const Tensor& bias = *a.bias;
   expect_dtype(bias, "bias", {a.table_dtype()});
   expect_device(bias, "bias", a.device());
-  const std::vector<int64_t> shape = bias.shape();
-  const bool good = shape.size() == 4 && (shape[0] == 1 || shape[0] == a.batch()) &&
+  const Shape shape = bias.shape();
+  const bool good = shape.dim() == 4 && (shape[0] == 1 || shape[0] == a.batch()) &&
                     (shape[1] == 1 || shape[1] == a.heads()) && shape[2] == shape[3] && shape[2] >= a.max_seq_len;
-  expect(good, "bias",
-         "shape [B or 1, H or 1, N, N] with B = " + std::to_string(a.batch()) + ", H = " + std::to_string(a.heads()) +
-             " and N at least max_seq_len = " + std::to_string(a.max_seq_len),
-         shape_text(shape));
+  const auto expected = [&] {
+    return "shape [B or 1, H or 1, N, N] with B = " + text(a.batch()) + ", H = " + text(a.heads()) +
+           " and N at least max_seq_len = " + text(a.max_seq_len);
+  };
+  expect(good, "bias", expected, shape);
   expect_rows(bias, "bias");
   expect_unexpanded(bias, "bias", 2);
   DenseBiasParams p;
@@ -159,14 +161,12 @@ DenseBiasParams dense_bias(const AttentionArguments& a) {
 
 // The gradient of a bias table: of its shape if it is wanted, else empty.
 Tensor bias_gradient(const std::optional<Tensor>& bias, bool wanted, const AttentionArguments& a) {
-  const std::vector<int64_t> shape = bias && wanted ? bias->shape() : std::vector<int64_t>{0};
-  return Tensor::empty(shape, a.table_dtype(), a.device());
+  return Tensor::empty(bias && wanted ? bias->shape() : Shape{0}, a.table_dtype(), a.device());
 }
 
 }  // namespace
 
-View view(const Tensor& tensor, const char* argument, const std::vector<int64_t>& shape, const char* spelling,
-          const Tensor& q) {
+View view(const Tensor& tensor, const char* argument, const Shape& shape, const char* spelling, const Tensor& q) {
   expect_shape(tensor, argument, shape, spelling);
   expect_dtype(tensor, argument, {q.dtype()});
   expect_device(tensor, argument, q.device());
@@ -176,11 +176,11 @@ View view(const Tensor& tensor, const char* argument, const std::vector<int64_t>
 
 AttentionProblem problem_of(const AttentionArguments& a) {
   AttentionProblem p;
-  const std::vector<int64_t> q = a.q.shape(), k = a.k.shape(), v = a.v.shape();
-  expect(q.size() == 3 && q[2] >= 1, "q", "shape [total_q, H, Dqk]", shape_text(q));
-  expect(k.size() == 3, "k", "shape [total_kv, H, Dqk]", shape_text(k));
-  expect(v.size() == 3 && v[2] >= 1, "v", "shape [total_kv, H, Dv]", shape_text(v));
-  expect(a.max_seq_len >= 0, "max_seq_len", "at least 0", std::to_string(a.max_seq_len));
+  const Shape q = a.q.shape(), k = a.k.shape(), v = a.v.shape();
+  expect(q.dim() == 3 && q[2] >= 1, "q", "shape [total_q, H, Dqk]", q);
+  expect(k.dim() == 3, "k", "shape [total_kv, H, Dqk]", k);
+  expect(v.dim() == 3 && v[2] >= 1, "v", "shape [total_kv, H, Dv]", v);
+  expect(a.max_seq_len >= 0, "max_seq_len", "at least 0", a.max_seq_len);
   p.dtype = expect_float(a.q, "q");
   p.heads = int_size(q[1], "q");
   p.dim_qk = int_size(q[2], "q");

@@ -57,8 +57,7 @@ struct AttentionArguments {
 AttentionProblem problem_of(const AttentionArguments& a);
 
 // A [rows, heads, dim] tensor of q's type, checked; and one that we made.
-View view(const Tensor& tensor, const char* argument, const std::vector<int64_t>& shape, const char* spelling,
-          const Tensor& q);
+View view(const Tensor& tensor, const char* argument, const Shape& shape, const char* spelling, const Tensor& q);
 inline View output_view(const Tensor& tensor) { return {tensor.data(), tensor.stride(0), tensor.stride(1)}; }
 
 // Gradients of the attention's bias: of its shape where they are wanted, else empty.

@@ -13,9 +13,29 @@
 
 namespace hstu_ops {
 
-inline void expect(bool good, const char* argument, const std::string& expected, const std::string& got) {
+// What an error says. It is spelt only when a check fails: spelling takes longer than all checks of a call.
+inline std::string text(std::string words) { return words; }
+inline std::string text(int64_t number) { return std::to_string(number); }
+inline std::string text(const Shape& shape) {
+  std::string words = "[";
+  for (int64_t i = 0; i < shape.dim() && i < Shape::kMost; ++i) words += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return words + (shape.dim() > Shape::kMost ? ", ...]" : "]");
+}
+inline std::string text(Device device) {
+  if (device.type == abi::aoti_torch_device_type_cpu()) return "cpu";
+  return (device.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(device.index);
+}
+template <class F>
+auto text(const F& spell) -> decltype(text(spell())) {
+  return text(spell());
+}
+
+// `expected` and `got`: words, numbers, shapes, or functions that return one.
+template <class Expected, class Got>
+void expect(bool good, const char* argument, const Expected& expected, const Got& got) {
   if (good) return;
-  throw std::invalid_argument(std::string("hstu_ops: ") + argument + ": expected " + expected + ", got " + got);
+  throw std::invalid_argument(std::string("hstu_ops: ") + argument + ": expected " + text(expected) + ", got " +
+                              text(got));
 }
 
 inline std::string dtype_name(int32_t dtype) {
@@ -33,20 +53,10 @@ inline std::string dtype_name(int32_t dtype) {
   return "another dtype";
 }
 
-inline std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-inline std::string device_text(Device device) {
-  if (device.type == abi::aoti_torch_device_type_cpu()) return "cpu";
-  return (device.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(device.index);
-}
-
 inline void expect_device(const Tensor& tensor, const char* argument, Device device, const char* like = "q") {
-  expect(tensor.device() == device, argument, "a tensor on " + device_text(device) + " like " + like,
-         "one on " + device_text(tensor.device()));
+  expect(
+      tensor.device() == device, argument, [&] { return "a tensor on " + text(device) + " like " + like; },
+      [&] { return "one on " + text(tensor.device()); });
 }
 
 inline DType expect_float(const Tensor& tensor, const char* argument) {
@@ -55,7 +65,7 @@ inline DType expect_float(const Tensor& tensor, const char* argument) {
   if (dtype == abi::aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
   if (dtype == abi::aoti_torch_dtype_float16()) return DType::kFloat16;
   expect(dtype == abi::aoti_torch_dtype_float64(), argument, "float64, float32, float16 or bfloat16",
-         dtype_name(dtype));
+         [=] { return dtype_name(dtype); });
   return DType::kFloat64;
 }
 
@@ -66,7 +76,7 @@ inline int32_t accumulation_dtype(int32_t dtype) {
 }
 
 inline int int_size(int64_t size, const char* argument) {
-  expect(size <= std::numeric_limits<int>::max(), argument, "fewer than 2^31 entries", std::to_string(size));
+  expect(size <= std::numeric_limits<int>::max(), argument, "fewer than 2^31 entries", size);
   return static_cast<int>(size);
 }
 
@@ -79,10 +89,9 @@ inline void expect_dtype(const Tensor& tensor, const char* argument, std::initia
 }
 
 // `shape` and its spelling in the documentation, such as "[total_q, H, Dqk]".
-inline void expect_shape(const Tensor& tensor, const char* argument, const std::vector<int64_t>& shape,
-                         const char* spelling) {
-  const std::vector<int64_t> got = tensor.shape();
-  expect(got == shape, argument, std::string("shape ") + spelling + " = " + shape_text(shape), shape_text(got));
+inline void expect_shape(const Tensor& tensor, const char* argument, const Shape& shape, const char* spelling) {
+  const Shape got = tensor.shape();
+  expect(got == shape, argument, [&] { return std::string("shape ") + spelling + " = " + text(shape); }, got);
 }
 
 // The last dimension is contiguous and the others are not reversed.
@@ -92,7 +101,7 @@ inline void expect_rows(const Tensor& tensor, const char* argument) {
     const int64_t stride = tensor.stride(i);
     const bool good = i == last ? stride == 1 || tensor.size(i) <= 1 : stride >= 0;
     expect(good, argument, i == last ? "a contiguous last dimension" : "strides of at least 0",
-           "stride " + std::to_string(stride) + " in dimension " + std::to_string(i));
+           [=] { return "stride " + text(stride) + " in dimension " + text(i); });
   }
 }
 
@@ -101,7 +110,7 @@ inline void expect_rows(const Tensor& tensor, const char* argument) {
 inline void expect_unexpanded(const Tensor& tensor, const char* argument, int64_t dims) {
   for (int64_t i = 0; i < dims; ++i)
     expect(tensor.size(i) <= 1 || tensor.stride(i) > 0, argument, "size 1 where entries are shared",
-           "an expanded dimension " + std::to_string(i));
+           [=] { return "an expanded dimension " + text(i); });
 }
 
 }  // namespace hstu_ops

@@ -28,7 +28,7 @@ inline void expect_matrix(const Tensor& tensor, const char* argument, int64_t ro
 }
 
 inline void expect_matrix(const Tensor& tensor, const char* argument) {
-  expect(tensor.dim() == 2 && tensor.size(1) >= 1, argument, "shape [T, D]", shape_text(tensor.shape()));
+  expect(tensor.dim() == 2 && tensor.size(1) >= 1, argument, "shape [T, D]", tensor.shape());
   expect_rows(tensor, argument);
 }
 

@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "torch/stable_abi.h"
 
@@ -35,6 +34,33 @@ struct Device {
   bool operator!=(const Device& other) const { return !(*this == other); }
 };
 
+// The sizes of a tensor; of one with more dimensions than any of ours, the first few.
+class Shape {
+ public:
+  static constexpr int kMost = 8;
+
+  Shape(const int64_t* sizes, int64_t dim) : dim_(dim) {
+    for (int64_t i = 0; i < dim && i < kMost; ++i) sizes_[i] = sizes[i];
+  }
+  Shape(std::initializer_list<int64_t> sizes) : Shape(sizes.begin(), static_cast<int64_t>(sizes.size())) {}
+
+  int64_t dim() const { return dim_; }
+  int64_t operator[](int64_t i) const { return sizes_[i]; }
+  const int64_t* data() const { return sizes_; }
+  bool operator==(const Shape& other) const {
+    if (dim_ != other.dim_) return false;
+    for (int64_t i = 0; i < dim_ && i < kMost; ++i) {
+      if (sizes_[i] != other.sizes_[i]) return false;
+    }
+    return true;
+  }
+  bool operator!=(const Shape& other) const { return !(*this == other); }
+
+ private:
+  int64_t dim_;
+  int64_t sizes_[kMost];
+};
+
 class Tensor {  // owns one reference
  public:
   explicit Tensor(abi::TensorObject* handle) noexcept : handle_(handle) {}
@@ -48,24 +74,22 @@ class Tensor {  // owns one reference
   }
 
   // Uninitialised and contiguous.
-  static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, Device device) {
-    std::vector<int64_t> strides(sizes.size());
+  static Tensor empty(const Shape& sizes, int32_t dtype, Device device) {
+    int64_t strides[Shape::kMost];
     int64_t stride = 1;
-    for (size_t i = sizes.size(); i-- > 0;) {
+    for (int64_t i = sizes.dim(); i-- > 0;) {
       strides[i] = stride;
       stride *= sizes[i] > 1 ? sizes[i] : 1;
     }
     abi::TensorObject* handle = nullptr;
-    HSTU_ABI(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                      device.type, device.index, &handle));
+    HSTU_ABI(aoti_torch_empty_strided(sizes.dim(), sizes.data(), strides, dtype, device.type, device.index, &handle));
     return Tensor(handle);
   }
 
   // Another shape over the same memory, from `offset` elements behind this tensor's first.
-  Tensor view(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset) const {
+  Tensor view(const Shape& sizes, const Shape& strides, int64_t offset) const {
     abi::TensorObject* handle = nullptr;
-    HSTU_ABI(aoti_torch__reinterpret_tensor(handle_, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                            offset, &handle));
+    HSTU_ABI(aoti_torch__reinterpret_tensor(handle_, sizes.dim(), sizes.data(), strides.data(), offset, &handle));
     return Tensor(handle);
   }
 
@@ -80,10 +104,7 @@ class Tensor {  // owns one reference
     HSTU_ABI(aoti_torch_get_strides(handle_, &strides));
     return strides[i];
   }
-  std::vector<int64_t> shape() const {
-    const int64_t* s = sizes();
-    return std::vector<int64_t>(s, s + dim());
-  }
+  Shape shape() const { return {sizes(), dim()}; }
   int32_t dtype() const {
     int32_t dtype = 0;
     HSTU_ABI(aoti_torch_get_dtype(handle_, &dtype));
