@@ -113,16 +113,16 @@ def fit(encoder: str, dataset: Dataset, arguments: argparse.Namespace) -> Run:
     if arguments.resume and path.exists():
         run.resume(path, device)
         print(f"continuing {path} after epoch {len(run.history)}")
-    print(f"{'epoch':>6}{'loss':>9}" + "".join(f"{x:>9}" for x in METRICS) + f"{'time':>9}")
+    print(f"{'epoch':>6}{'loss':>9}" + "".join(f"{x:>9}" for x in METRICS) + f"{'time':>9}{'ms/step':>10}")
     for row in run.history:
         _print_row(row)
     for epoch in range(len(run.history), epochs):
         # Everything random in an epoch follows from the seed and its number, so that it can be resumed there.
         torch.manual_seed(1_000_003 * arguments.seed + epoch)
         began = time.perf_counter()
-        loss = _epoch(run, dataset, arguments, epoch, epochs)
+        loss, step = _epoch(run, dataset, arguments, epoch, epochs)
         metrics = evaluate(run.model, dataset, arguments.batch_size, autocast=_autocast(arguments))
-        run.history.append(dict(epoch=epoch + 1, loss=loss, **metrics, time=time.perf_counter() - began))
+        run.history.append(dict(epoch=epoch + 1, loss=loss, **metrics, time=time.perf_counter() - began, step=step))
         _print_row(run.history[-1])
         run.save(path, dataset)
     return run
@@ -151,14 +151,17 @@ def _start(encoder: str, dataset: Dataset, arguments: argparse.Namespace, epochs
         temperature=temperature or None,
         encoder=encoder,
     ).to(arguments.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    fused = str(arguments.device).startswith("cuda")  # one kernel for all weights
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused or None
+    )
     deciding = ("scale", "ratings", "batch_size", "lr", "negatives", "candidates", "seed", "dtype")
     given = {x: getattr(arguments, x) for x in deciding}
     return Run(model, optimizer, dict(given, epochs=epochs if stream else None, **model.config))
 
 
-def _epoch(run: Run, dataset: Dataset, arguments: argparse.Namespace, epoch: int, epochs: int) -> float:
-    """One pass, or one of the equal parts of a stream; the mean loss."""
+def _epoch(run: Run, dataset: Dataset, arguments: argparse.Namespace, epoch: int, epochs: int) -> tuple[float, float]:
+    """One pass, or one of the equal parts of a stream; the mean loss, and the mean seconds of all steps but the first."""
     train, model, size = dataset.train, run.model.train(), arguments.batch_size
     if dataset.stream:
         first, end = (len(train) * e // epochs for e in (epoch, epoch + 1))
@@ -169,8 +172,8 @@ def _epoch(run: Run, dataset: Dataset, arguments: argparse.Namespace, epoch: int
     negatives = arguments.negatives
     if negatives is None:
         negatives = 0 if dataset.num_items <= FULL_SOFTMAX_ITEMS else 1024
-    total, batches = 0.0, order.split(size)
-    for users in progress(batches, f"epoch {epoch + 1}"):
+    total, batches, began = 0.0, order.split(size), time.perf_counter()
+    for step, users in enumerate(progress(batches, f"epoch {epoch + 1}")):
         # One more than the model reads: the last is only predicted.
         histories = train.users(users).recent(model.max_seq_len + 1).to(arguments.device)
         with _autocast(arguments):
@@ -181,7 +184,11 @@ def _epoch(run: Run, dataset: Dataset, arguments: argparse.Namespace, epoch: int
         loss.backward()
         run.optimizer.step()
         total += loss.detach()
-    return float(total) / max(len(batches), 1)
+        if step == 0:
+            float(total)  # waits for a GPU, as the result below does
+            began = time.perf_counter()
+    loss = float(total) / max(len(batches), 1)
+    return loss, (time.perf_counter() - began) / max(len(batches) - 1, 1)
 
 
 def _autocast(arguments: argparse.Namespace):
@@ -259,7 +266,8 @@ def progress(items: Iterable, label: str) -> Iterator:
 
 def _print_row(row: dict) -> None:
     metrics = "".join(f"{row[x]:9.4f}" for x in METRICS)
-    print(f"{row['epoch']:6}{row['loss']:9.4f}{metrics}{row['time']:7.1f} s", flush=True)
+    step = f"{1e3 * row['step']:10.3f}" if "step" in row else ""  # older checkpoints have none
+    print(f"{row['epoch']:6}{row['loss']:9.4f}{metrics}{row['time']:7.1f} s{step}", flush=True)
 
 
 def _compare(runs: dict[str, Run], dataset: Dataset, arguments: argparse.Namespace) -> None:
@@ -267,9 +275,13 @@ def _compare(runs: dict[str, Run], dataset: Dataset, arguments: argparse.Namespa
     rows = {"popularity": popularity(dataset), **{name: run.history[-1] for name, run in runs.items()}}
     if dataset.best is not None:
         rows["best possible"] = dataset.best
-    print(f"\n{'':14}" + "".join(f"{x:>9}" for x in METRICS) + f"{'time':>9}")
+    print(f"\n{'':14}" + "".join(f"{x:>9}" for x in METRICS) + f"{'time':>9}{'ms/step':>10}")
     for name, row in rows.items():
-        spent = f"{sum(x['time'] for x in runs[name].history):7.1f} s" if name in runs else ""
+        spent = ""
+        if name in runs:
+            history = runs[name].history
+            steps = [x["step"] for x in history if "step" in x]
+            spent = f"{sum(x['time'] for x in history):7.1f} s{1e3 * sum(steps) / max(len(steps), 1):10.3f}"
         print(f"{name:14}" + "".join(f"{row[x]:9.4f}" for x in METRICS) + spent)
     try:
         from matplotlib.figure import Figure
