@@ -161,7 +161,7 @@ def _start(encoder: str, dataset: Dataset, arguments: argparse.Namespace, epochs
 
 
 def _epoch(run: Run, dataset: Dataset, arguments: argparse.Namespace, epoch: int, epochs: int) -> tuple[float, float]:
-    """One pass, or one of the equal parts of a stream; the mean loss, and the mean seconds of a step after the first."""
+    """One pass, or one of the equal parts of a stream; the mean loss, and the mean seconds of a step but the first."""
     train, model, size = dataset.train, run.model.train(), arguments.batch_size
     if dataset.stream:
         first, end = (len(train) * e // epochs for e in (epoch, epoch + 1))
