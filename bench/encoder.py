@@ -3,11 +3,15 @@
 Both have the same width, heads and number of layers; the Transformer is pre-norm with a feed-forward part 4 times as
 wide. In training HSTU reads sequences of Stochastic Length, each cut to N^(alpha / 2) rows or left whole with
 probability N^(alpha - 2) (the expected number of whole ones of this batch, rounded up), and the Transformer whole ones;
-alpha 2 cuts nothing, so its line compares the two at equal length. In inference both read whole sequences.
+alpha 2 cuts nothing, so its line compares the two at equal length. In inference both read whole sequences: all of
+length N, and once more ("jagged") of lengths from 0.1 N to N, where "Transformer, padded" is what one without kernels
+for jagged rows computes.
 
 One line a model, length and pass: time and spread, original rows a second (those that were cut away count), memory held
-at most beyond weights and input, how many times as long the Transformer takes at this length, and where the time of the
-device goes: attention, matrix products, everything else, and the rest of the step, in which it waits.
+at most beyond weights and input, how many times as long the Transformer takes at this length, how many times at most it
+could be (if HSTU's matrix products and kept pairs of attention ran at the rate of a large matrix product and all else
+took no time), and where the time of the device goes: attention, matrix products, everything else, and the rest of the
+step, in which it waits.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from hstu_ops.baselines import Transformer
 
 PAPER = "the paper, against FlashAttention2 at N 8192: training up to 15.2x, inference 5.6x"
 COLUMNS = {"model": "<22", "pass": "<9", "N": ">5", "batch": ">5", "rows": ">7", "ms": ">9.3f", "+-%": ">5.1f"}
-COLUMNS |= {"Mrows/s": ">7.3g", "MiB": ">7", "x": ">6.2f"}
+COLUMNS |= {"Mrows/s": ">7.3g", "MiB": ">7", "x": ">6.2f", "most": ">6.2f"}
 COLUMNS |= dict.fromkeys(("attention", "products", "pointwise", "waiting"), ">9.2f")  # ms
 ATTENTION = ("attention", "flash", "fmha", "layer_core")  # in names of kernels, or of ops on a CPU
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::addmm", "cublas")
@@ -49,17 +53,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Case:
-    model: str  # "Transformer", "HSTU" or "HSTU + bias"
+    model: str  # "Transformer", "Transformer, padded", "HSTU" or "HSTU + bias"
     length: int
     batch: int
     training: bool
     alpha: float | None = None  # of Stochastic Length
+    jagged: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "training" if self.training else "jagged" if self.jagged else "inference"
+
+    @property
+    def original(self) -> list[int]:
+        """Lengths of the sequences before any cut."""
+        if not self.jagged:
+            return [self.length] * self.batch
+        return [max(1, round(self.length * (0.1 + 0.9 * (i + 0.5) / self.batch))) for i in range(self.batch)]
 
     @property
     def lengths(self) -> list[int]:
         """Of the sequences that the model reads."""
-        if self.alpha is None:
+        if self.model == "Transformer, padded":
             return [self.length] * self.batch
+        if self.alpha is None:
+            return self.original
         cut = math.floor(self.length ** (self.alpha / 2) * (1 + 1e-12))
         whole = math.ceil(self.batch * self.length ** (self.alpha - 2) * (1 - 1e-12))
         return [self.length] * whole + [cut] * (self.batch - whole)
@@ -87,6 +105,8 @@ def choose(args: argparse.Namespace, device: str) -> list[Case]:
             cases.append(Case("Transformer", n, batch, training))
             for model in ("HSTU", "HSTU + bias"):
                 cases += [Case(model, n, batch, training, x) for x in (reversed(alphas) if training else (None,))]
+        models = ("Transformer", "Transformer, padded", "HSTU", "HSTU + bias")
+        cases += [Case(model, n, batch, False, jagged=True) for model in models]
     return cases
 
 
@@ -94,7 +114,7 @@ def build(case: Case, args: argparse.Namespace, bench: common.Bench):
     """The encoder, on the device and in the type of the common."""
     where = {"device": bench.device, "dtype": bench.dtype}
     shape = (args.layers, args.width, args.heads)
-    if case.model == "Transformer":
+    if case.model.startswith("Transformer"):
         return Transformer(*shape, max_seq_len=case.length, hidden_dim=4 * args.width, **where)
     bias = None
     if case.model == "HSTU + bias":
@@ -117,6 +137,13 @@ def step(case: Case, args: argparse.Namespace, bench: common.Bench) -> Callable[
         return torch.no_grad()(lambda: encoder(x, offsets, **options))
     leaves, grad_out = [x, *encoder.parameters()], torch.randn_like(x)
     return lambda: torch.autograd.grad(encoder(x, offsets, **options), leaves, grad_out)
+
+
+def flops(case: Case, args: argparse.Namespace) -> float:
+    """What HSTU computes: 5 d^2 weights a row and layer, and the pairs that the causal mask keeps."""
+    weights = 5 * args.width**2 * sum(case.lengths)
+    pairs = sum(n * (n + 1) // 2 for n in case.lengths) * 2 * args.width
+    return 2 * args.layers * (weights * (3 if case.training else 1) + pairs * (3.5 if case.training else 1))
 
 
 def components(call: Callable[[], object], device: str) -> dict[str, float]:
@@ -149,29 +176,32 @@ def run(args: argparse.Namespace) -> int:
     def measure(case: Case) -> None:
         call = step(case, args, bench)
         timing, peak = bench.time(call)
-        where = (case.length, case.training)
+        where = (case.length, case.kind)
         if case.model == "Transformer":
             transformer[where] = timing.median
         parts = components(bench.step(call), bench.device)
         waiting = timing.median * 1e3 - sum(parts.values()) if bench.device == "cuda" else None
+        taken = transformer.get(where)
+        bound = flops(case, args) / bench.peaks.of(bench.dtype)
         row = {
             "model": case.label,
-            "pass": "training" if case.training else "inference",
+            "pass": case.kind,
             "N": case.length,
             "batch": case.batch,
             "rows": sum(case.lengths),
             "layers": args.layers,
             "width": args.width,
             "heads": args.heads,
-            "Mrows/s": case.batch * case.length / timing.median / 1e6,
+            "Mrows/s": sum(case.original) / timing.median / 1e6,
             "MiB": None if peak is None else round(peak / 2**20),
-            "x": transformer[where] / timing.median if where in transformer else None,
+            "x": taken / timing.median if taken else None,
+            "most": taken / bound if taken and case.model.startswith("HSTU") else None,
             **parts,
             "waiting": waiting,
         }
         bench.add(row, timing)
 
-    bench.each(cases, lambda x: f"{x.label} N {x.length} {'training' if x.training else 'inference'}", measure)
+    bench.each(cases, lambda x: f"{x.label} N {x.length} {x.kind}", measure)
     return bench.finish(("model", "pass", "N", "batch", "layers", "width", "heads"), draw)
 
 

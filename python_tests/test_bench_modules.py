@@ -74,14 +74,24 @@ def test_lengths_in_training_are_those_of_stochastic_length():
     assert replace(case, alpha=2.0).lengths == replace(case, alpha=None).lengths == [1024] * 100
 
 
+def test_lengths_and_flops_of_jagged_inference():
+    case = encoder.Case("HSTU", 800, 4, False, jagged=True)
+    assert case.lengths == [170, 350, 530, 710] and case.kind == "jagged"
+    assert replace(case, model="Transformer, padded").lengths == [800] * 4
+    args = encoder.parse(["--width=8", "--layers=3"])
+    pairs = sum(n * (n + 1) // 2 for n in case.lengths)
+    assert encoder.flops(case, args) == 3 * 2 * (1760 * 5 * 8 * 8 + 2 * 8 * pairs)
+
+
 def test_encoder_runs(tmp_path, capsys, known_peaks):
     arguments = [*MODULE, "--lengths=16", "--tokens=32", "--layers=1", "--alphas=1.5,2", "--out", str(tmp_path)]
     assert encoder.main(arguments) == 0
     lines = lines_of(tmp_path, "encoder")
     training = ["Transformer", "HSTU", "HSTU, alpha 1.5", "HSTU + bias", "HSTU + bias, alpha 1.5"]
     inference = ["Transformer", "HSTU", "HSTU + bias"]
-    assert [x["model"] for x in lines] == training + inference
-    assert [x["pass"] for x in lines] == ["training"] * 5 + ["inference"] * 3
+    jagged = ["Transformer", "Transformer, padded", "HSTU", "HSTU + bias"]
+    assert [x["model"] for x in lines] == training + inference + jagged
+    assert [x["pass"] for x in lines] == ["training"] * 5 + ["inference"] * 3 + ["jagged"] * 4
     assert float(lines[0]["x"]) == 1 and all(float(x["x"]) > 0 for x in lines)
     for part in ("attention", "products", "pointwise"):
         assert all(float(x[part]) > 0 for x in lines)
