@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass(frozen=True)
 class Environment:
     date: str
-    commit: str  # with "+dirty" where files differ from it
+    commit: str  # of the tree, with "+dirty" where files differ from it, and of the library where it is another
     hstu_ops: str
     torch: str
     device: str
@@ -76,7 +76,7 @@ def environment(device: str) -> Environment:
         name, isa, driver = _processor(), hstu_ops.build_info().get("cpu_isa", "unknown"), platform.release()
     return Environment(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        commit=_commit(),
+        commit=commit(),
         hstu_ops=hstu_ops.__version__,
         torch=torch.__version__,
         device=name,
@@ -132,12 +132,26 @@ def _cpu_clock() -> str:
     return f"{max(map(float, found)):.0f} MHz" if found else "unknown"
 
 
-def _commit() -> str:
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    if not commit:
-        return "unknown"
+def commit() -> str:
+    """What was measured: HSTU_OPS_COMMIT of the environment (for a copy of a tree, whose own git knows nothing or, worse,
+    something else), else the commit of the git work tree whose root this is, else that of the built library.
+
+    Where the library was built from another commit than that, or from changed files, its own is added.
+    """
+    tree = os.environ.get("HSTU_OPS_COMMIT") or _tree_commit()
+    library = hstu_ops.build_info().get("commit", "unknown")
+    if not tree or tree == "unknown":
+        return library
+    return tree if library in (tree, "unknown") else f"{tree} library {library}"
+
+
+def _tree_commit() -> str:
+    """cmake/commit.cmake asks git the same."""
+    if Path(_output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel") or "/").resolve() != ROOT:
+        return ""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/results")
-    return commit + ("+dirty" if changed else "")
+    return head + ("+dirty" if head and changed else "")
 
 
 def _output(*command: str) -> str:

@@ -2,6 +2,9 @@
 
 Results go to bench/results/<machine>/: a CSV file and a plot of each. Other options are those of each bench; here only
 what all of them take.
+
+Every row names the commit, with "+dirty" where files differ from it. On a copy of a tree git does not know it; say it:
+HSTU_OPS_COMMIT=0123456789ab python bench/run.py
 """
 
 from __future__ import annotations

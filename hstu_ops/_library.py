@@ -3,15 +3,19 @@
 `attention(*args)` is what hstu_attention calls, with the arguments of the schema of `hstu_ops::attention_fwd`:
 
     nothing needs a gradient    the kernel, below autograd: no Python between the call and C++
-    something does              _Attention, a classic autograd.Function around attention_fwd and attention_bwd
+    something does              _Attention, a classic autograd.Function around attention_fwd and its backward ops
     torch.compile, export       the op itself goes into the graph; autograd is traced later, through its Autograd kernel
 
 A direct call of `torch.ops.hstu_ops.attention_fwd` behaves the same through the kernels registered here.
+
+`plain_attention` is for eager calls without options, which are the most, and short on a GPU: `attention_plain_fwd` has
+seven arguments instead of 24, of which torch takes up to 0.3 us each.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,14 +47,14 @@ def _load() -> None:
 
 _load()
 _ops = torch.ops.hstu_ops
-_fwd, _bwd = _ops.attention_fwd.default, _ops.attention_bwd.default
+_fwd, _bwd, _bias_bwd = (x.default for x in (_ops.attention_fwd, _ops.attention_bwd, _ops.attention_bias_bwd))
+_plain_fwd, _plain_bwd = _ops.attention_plain_fwd.default, _ops.attention_plain_bwd.default
 _lib = torch.library.Library("hstu_ops", "IMPL")  # the registrations below live as long as this object
 
-# Places among the arguments of attention_fwd. attention_bwd takes grad_out, these, need_bias_grad, deterministic.
+# Places of the bias among the arguments of attention_fwd. attention_bwd (gradients of q, k and v) and
+# attention_bias_bwd (of these and of the bias) take grad_out, the same arguments, deterministic.
 _ARGUMENTS = [x.name for x in _fwd._schema.arguments]
-_TENSORS = tuple(i for i, x in enumerate(_fwd._schema.arguments) if "Tensor" in str(x.type))
 _TABLES = tuple(_ARGUMENTS.index(x) for x in ("bias", "position_weight", "time_weight"))
-_DIFFERENTIABLE = (*(_ARGUMENTS.index(x) for x in "qkv"), *_TABLES)  # in the order of attention_bwd's results
 
 
 def build_info() -> dict[str, str]:
@@ -65,56 +69,76 @@ DEVICE_TYPES = ("cpu", "meta", *(("cuda",) if build_info().get("cuda_archs") els
 
 
 @torch.library.register_fake("hstu_ops::attention_fwd", lib=_lib)
-def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
+    _expect_one_device(q, k, v, *options)
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
 @torch.library.register_fake("hstu_ops::attention_bwd", lib=_lib)
-def _attention_bwd_fake(grad_out: Tensor, *args: object) -> tuple[Tensor, ...]:
-    need_bias_grad = args[len(_ARGUMENTS)]
-    q, k, v = args[:3]
-    tables = (args[i] if need_bias_grad else None for i in _TABLES)
-    dtype = accumulation_dtype(q.dtype)
+def _attention_bwd_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, ...]:
+    _expect_one_device(q, grad_out, k, v, *options)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+@torch.library.register_fake("hstu_ops::attention_bias_bwd", lib=_lib)
+def _attention_bias_bwd_fake(grad_out: Tensor, *args: object) -> tuple[Tensor, ...]:
+    q, tables, dtype = args[0], [args[i] for i in _TABLES], accumulation_dtype(args[0].dtype)
     table_grads = (q.new_empty((0,) if w is None else w.shape, dtype=dtype) for w in tables)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), *table_grads)
+    return (*_attention_bwd_fake(grad_out, *args), *table_grads)
+
+
+torch.library.register_fake("hstu_ops::attention_plain_fwd", _attention_fwd_fake, lib=_lib)
+torch.library.register_fake("hstu_ops::attention_plain_bwd", _attention_bwd_fake, lib=_lib)
+
+
+def _expect_one_device(q: Tensor, *others: object) -> None:
+    """One meta tensor among real ones brings a call here, and the result would be memory that nobody has written."""
+    for x in others:
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise ValueError(f"hstu_ops: expected all tensors on {q.device}, the device of q, got one on {x.device}")
 
 
 # ---- autograd --------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
+    """The op `fwd` of the arguments `args`: attention_fwd or attention_plain_fwd."""
+
     @staticmethod
-    def forward(*args: object) -> Tensor:
+    def forward(fwd: torch._ops.OpOverload, *args: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return _fwd(*args)
+            return fwd(*args)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*(inputs[i] for i in _TENSORS))
-        ctx.others = tuple(None if i in _TENSORS else x for i, x in enumerate(inputs))
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in inputs[1:]])
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple:
-        args = list(ctx.others)
-        for i, x in zip(_TENSORS, ctx.saved_tensors, strict=True):
-            args[i] = x
+        fwd, *others = ctx.others
+        args = [x if y is None else y for x, y in zip(others, ctx.saved_tensors, strict=True)]
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
-        need_bias_grad = any(ctx.needs_input_grad[i] for i in _TABLES)
-        grads = _attention_bwd(grad_out, *args, need_bias_grad, torch.are_deterministic_algorithms_enabled())
-        result = [None] * len(_ARGUMENTS)
-        for i, grad in zip(_DIFFERENTIABLE, grads, strict=True):
-            result[i] = grad if ctx.needs_input_grad[i] else None
+        _, *needed = ctx.needs_input_grad
+        places, bwd = (0, 1, 2), _plain_bwd if fwd is _plain_fwd else _bwd
+        if bwd is _bwd and any(needed[i] for i in _TABLES):
+            places, bwd = (0, 1, 2, *_TABLES), _bias_bwd
+        grads = _attention_bwd(bwd, grad_out, *args, torch.are_deterministic_algorithms_enabled())
+        result = [None] * len(ctx.others)
+        for i, grad in zip(places, grads, strict=True):
+            if needed[i]:
+                result[1 + i] = grad
         return tuple(result)
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """attention_bwd when somebody may want to differentiate it: they get an error instead of a wrong number."""
+    """A backward op when somebody may want to differentiate it: they get an error instead of a wrong number."""
 
     @staticmethod
-    def forward(*args: object) -> tuple[Tensor, ...]:
+    def forward(bwd: torch._ops.OpOverload, *args: object) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return _bwd(*args)
+            return bwd(*args)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -128,31 +152,50 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def _needs_grad(args: tuple) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor))
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def _apply(function: type[torch.autograd.Function], args: tuple):
     """function.apply(*args), without the 10 us that binding its signature costs outside of torch.func."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    args = tuple(torch._C._functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args)
+    args = [torch._C._functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args]
     return super(torch.autograd.Function, function).apply(*args)
 
 
 def _attention_fwd(*args: object) -> Tensor:
-    return _apply(_Attention, args) if _needs_grad(args) else _Attention.forward(*args)
+    return _apply(_Attention, (_fwd, *args)) if _needs_grad(args) else _Attention.forward(_fwd, *args)
 
 
-def _attention_bwd(*args: object) -> tuple[Tensor, ...]:
-    return _apply(_AttentionBackward, args) if _needs_grad(args) else _AttentionBackward.forward(*args)
+def _attention_bwd(bwd: torch._ops.OpOverload, *args: object) -> tuple[Tensor, ...]:
+    return _apply(_AttentionBackward, (bwd, *args)) if _needs_grad(args) else _AttentionBackward.forward(bwd, *args)
 
 
 def attention(*args: object) -> Tensor:
     return _fwd(*args) if torch.compiler.is_compiling() else _attention_fwd(*args)
 
 
+def plain_attention(*args: object) -> Tensor:
+    return _apply(_Attention, (_plain_fwd, *args)) if _needs_grad(args) else _Attention.forward(_plain_fwd, *args)
+
+
+def kernel_will_check(q: Tensor) -> bool:
+    """Whether a call with this q goes to a kernel, which checks its arguments, and not into a graph or to a fake."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is Tensor
+        and (q.is_cuda or q.is_cpu)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 _lib.impl("attention_fwd", _attention_fwd, "Autograd")
-_lib.impl("attention_bwd", _attention_bwd, "Autograd")
+for _op, _name in ((_bwd, "attention_bwd"), (_bias_bwd, "attention_bias_bwd")):
+    _lib.impl(_name, partial(_attention_bwd, _op), "Autograd")
 
 
 @torch.compiler.assume_constant_result
@@ -166,8 +209,8 @@ def allow_tf32() -> bool:
 
 def autocast(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the type of an enabled autocast, as scaled_dot_product_attention does; float64 is left alone."""
-    device = q.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    device = "cuda" if q.is_cuda else "cpu" if q.is_cpu else None
+    if device is None or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) for x in (q, *others))

@@ -1,8 +1,14 @@
-"""hstu_attention: checks its arguments, then calls the op (see _library.attention)."""
+"""hstu_attention: turns its arguments into those of the op (see _library.attention) and says which one does not fit.
+
+The kernels check their arguments themselves. Doing it here too takes longer than launching a kernel, so it is left for
+calls that no kernel sees (graphs, fake and meta tensors) and for those that a kernel refused: the error is then in
+terms of this function.
+"""
 
 from __future__ import annotations
 
 import os
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -118,12 +124,31 @@ def hstu_attention(
             seq_offsets_q=seq_offsets_q,
         )
 
-    return _library.attention(
-        *op_arguments(
-            *(q, k, v, seq_offsets, max_seq_len, alpha, scale, causal, num_targets, target_group_size),
-            *(contextual_seq_len, max_attn_len, min_full_attn_seq_len, global_prefix_len, bias, seq_offsets_q),
-        )
-    )
+    options = (alpha, scale, causal, target_group_size, contextual_seq_len)
+    options += (max_attn_len, min_full_attn_seq_len, global_prefix_len, bias, seq_offsets_q)
+    call = (q, k, v, seq_offsets, max_seq_len, num_targets, *options)
+    if _CHECK_CONTENT or not _library.kernel_will_check(q):
+        return _library.attention(*op_arguments(*call))
+    try:
+        if all(map(is_, options, _NO_OPTIONS)):
+            return _library.plain_attention(*plain_arguments(*call[:6]))
+        return _library.attention(*op_arguments(*call, check=False))
+    except Exception as error:
+        refusal = error
+    op_arguments(*call)
+    raise refusal
+
+
+_NO_OPTIONS = (None, None, True, 1, 0, 0, 0, 0, None, None)
+
+
+def plain_arguments(
+    q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, max_seq_len: int, num_targets: Tensor | None
+) -> tuple:
+    """The arguments of attention_plain_fwd for those of a call without options. The kernels check them."""
+    q, k, v = _library.autocast(q, k, v)
+    _check_int("max_seq_len", max_seq_len, 1)  # torch would take more than ints
+    return q, k, v, seq_offsets, max_seq_len, num_targets, _allow_tf32(q)
 
 
 def op_arguments(
@@ -132,10 +157,10 @@ def op_arguments(
     v: Tensor,
     seq_offsets: Tensor,
     max_seq_len: int,
+    num_targets: Tensor | None,
     alpha: float | None,
     scale: float | Tensor | None,
     causal: bool,
-    num_targets: Tensor | None,
     target_group_size: int,
     contextual_seq_len: int | Tensor,
     max_attn_len: int,
@@ -143,26 +168,16 @@ def op_arguments(
     global_prefix_len: int,
     bias: Tensor | RelativeBias | None,
     seq_offsets_q: Tensor | None,
+    check: bool = True,
 ) -> tuple:
-    """The arguments of attention_fwd for those of hstu_attention, which are checked."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            _fail(name, "a tensor", x, TypeError)
+    """The arguments of attention_fwd for those of hstu_attention. `check=False` leaves out what the kernels check."""
+    if check:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, Tensor):
+                _fail(name, "a tensor", x, TypeError)
     q, k, v = _library.autocast(q, k, v)
-    _check_qkv(q, k, v)
-    device, accumulate = q.device, accumulation_dtype(q.dtype)
-    total_q, total_kv = q.shape[0], k.shape[0]
-    if not isinstance(seq_offsets, Tensor) or seq_offsets.dim() != 1 or seq_offsets.shape[0] < 1:
-        error = ValueError if isinstance(seq_offsets, Tensor) else TypeError
-        _fail("seq_offsets", "an integer tensor [B + 1]", seq_offsets, error)
-    batch = seq_offsets.shape[0] - 1
-    _check_ints("seq_offsets", seq_offsets, batch + 1, device)
-    if seq_offsets_q is not None:
-        _check_ints("seq_offsets_q", seq_offsets_q, batch + 1, device)
-    elif total_q != total_kv:
-        _fail("q", f"{total_kv} rows, those of k (or seq_offsets_q)", f"{total_q} rows")
-    if num_targets is not None:
-        _check_ints("num_targets", num_targets, batch, device)
+    if check:
+        _check_tensors(q, k, v, seq_offsets, num_targets, contextual_seq_len, seq_offsets_q)
     _check_int("max_seq_len", max_seq_len, 1)
     _check_int("target_group_size", target_group_size, 1)
     _check_int("max_attn_len", max_attn_len, 0)
@@ -171,11 +186,12 @@ def op_arguments(
 
     contextual_seq_lens = None
     if isinstance(contextual_seq_len, Tensor):
-        _check_ints("contextual_seq_len", contextual_seq_len, batch, device)
         contextual_seq_len, contextual_seq_lens = 0, contextual_seq_len
     else:
         _check_int("contextual_seq_len", contextual_seq_len, 0)
 
+    device, accumulate = q.device, accumulation_dtype(q.dtype)
+    batch, total_q, total_kv = seq_offsets.shape[0] - 1, q.shape[0], k.shape[0]
     if alpha is not None and not _is_number(alpha):
         _fail("alpha", "a number (it has no gradient)", alpha, TypeError)
     scale_values = None
@@ -197,8 +213,12 @@ def op_arguments(
         *(causal, num_targets, target_group_size, contextual_seq_len, contextual_seq_lens),
         *(max_attn_len, min_full_attn_seq_len, global_prefix_len, dense),
         *relative,
-        q.is_cuda and _library.allow_tf32(),
+        _allow_tf32(q),
     )
+
+
+def _allow_tf32(q: Tensor) -> bool:
+    return q.dtype == torch.float32 and q.is_cuda and _library.allow_tf32()
 
 
 _NO_BIAS = (None,) * 5  # position_weight, time_weight, time_boundaries, timestamps, query_timestamps
@@ -234,6 +254,23 @@ def _check_ints(name: str, x: Tensor, size: int, device: torch.device) -> None:
         _fail(name, f"a tensor on {device}, the device of q", x)
     if size > 1 and x.stride(0) != 1:
         _fail(name, "a contiguous tensor", f"stride {x.stride(0)}")
+
+
+def _check_tensors(q, k, v, seq_offsets, num_targets, contextual_seq_len, seq_offsets_q) -> None:
+    _check_qkv(q, k, v)
+    if not isinstance(seq_offsets, Tensor) or seq_offsets.dim() != 1 or seq_offsets.shape[0] < 1:
+        error = ValueError if isinstance(seq_offsets, Tensor) else TypeError
+        _fail("seq_offsets", "an integer tensor [B + 1]", seq_offsets, error)
+    batch, device, total_q, total_kv = seq_offsets.shape[0] - 1, q.device, q.shape[0], k.shape[0]
+    _check_ints("seq_offsets", seq_offsets, batch + 1, device)
+    if seq_offsets_q is not None:
+        _check_ints("seq_offsets_q", seq_offsets_q, batch + 1, device)
+    elif total_q != total_kv:
+        _fail("q", f"{total_kv} rows, those of k (or seq_offsets_q)", f"{total_q} rows")
+    if num_targets is not None:
+        _check_ints("num_targets", num_targets, batch, device)
+    if isinstance(contextual_seq_len, Tensor):
+        _check_ints("contextual_seq_len", contextual_seq_len, batch, device)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

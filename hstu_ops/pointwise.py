@@ -173,7 +173,7 @@ def layer_core(
     silu = _check_flags(silu)
     q = uvqk[:, :hidden_qk].unflatten(1, (num_heads, dim_qk))  # has the shape that the checks look at
     _, _, _, *options = op_arguments(
-        *(q, q, q, seq_offsets, max_seq_len, alpha, scale, causal, num_targets, target_group_size),
+        *(q, q, q, seq_offsets, max_seq_len, num_targets, alpha, scale, causal, target_group_size),
         *(contextual_seq_len, max_attn_len, min_full_attn_seq_len, global_prefix_len, bias, None),
     )
     _check_groups(groups, hidden_v)

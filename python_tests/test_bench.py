@@ -4,6 +4,7 @@ import contextlib
 import csv
 import math
 import os
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -342,6 +343,38 @@ def test_csv_of_other_columns_is_not_mixed(tmp_path):
         csv.writer(file).writerows([["case", "ms"], ["x", "1"]])
     assert report.load(path, ["case"]) == []
     assert report.load(path) == [{"case": "x", "ms": "1"}]
+
+
+def test_commit_of_a_figure(tmp_path, monkeypatch):
+    """HSTU_OPS_COMMIT, else the tree's where git has its root here and nowhere above, else the library's."""
+    library = {"commit": "aaa"}
+    monkeypatch.setattr(report.hstu_ops, "build_info", lambda: library)
+    monkeypatch.delenv("HSTU_OPS_COMMIT", raising=False)
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "--quiet", "--message=a")
+    monkeypatch.setattr(report, "ROOT", tmp_path / "tree")
+    assert report.commit() == "aaa"  # a copy inside another repository
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    head = report._output("git", "-C", str(tmp_path), "rev-parse", "--short=12", "HEAD")
+    assert head and report.commit() == f"{head} library aaa"
+    library["commit"] = head
+    assert report.commit() == head
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "x.csv").write_text("1")
+    assert report.commit() == head
+    (tmp_path / "file").write_text("2")
+    assert report.commit() == f"{head}+dirty library {head}"
+    monkeypatch.setenv("HSTU_OPS_COMMIT", "bbb+dirty")
+    assert report.commit() == f"bbb+dirty library {head}"
+    library["commit"] = "unknown"
+    assert report.commit() == "bbb+dirty"
 
 
 def test_environment_says_where_a_figure_comes_from():

@@ -54,12 +54,22 @@ def test_opcheck_forward(case, device):
     torch.library.opcheck(ops.attention_fwd.default, _raw_arguments(case, device))
 
 
-@pytest.mark.parametrize("need_bias_grad", (True, False))
+@pytest.mark.parametrize("op", (ops.attention_bwd, ops.attention_bias_bwd), ids=("qkv", "bias"))
 @pytest.mark.parametrize("case", _CASES, ids=str)
-def test_opcheck_backward(case, need_bias_grad, device):
+def test_opcheck_backward(case, op, device):
     args = _raw_arguments(case, device, grad=False)
     grad_out = torch.randn(args[0].shape[0], 2, 32, device=device)
-    torch.library.opcheck(ops.attention_bwd.default, (grad_out, *args, need_bias_grad, True))
+    torch.library.opcheck(op.default, (grad_out, *args, True))
+
+
+@pytest.mark.parametrize("case", _CASES[:2], ids=str)
+def test_opcheck_plain(case, device):
+    """The ops of calls without options are never traced: their autograd is that of the function that calls them."""
+    x = make(case, device=device, grad=False)
+    args = (x.q, x.k, x.v, x.seq_offsets, x.max_seq_len, x.options["num_targets"], False)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.attention_plain_fwd.default, args, test_utils=tests)
+    torch.library.opcheck(ops.attention_plain_bwd.default, (torch.randn_like(x.v), *args, True), test_utils=tests)
 
 
 def test_opcheck_without_gradients(device):
@@ -73,7 +83,7 @@ def test_fake_backward_knows_its_types(device, dtype):
     args[:3] = inputs.q, inputs.k, inputs.v
     args[18:20] = inputs.options["bias"].position_weight, inputs.options["bias"].time_weight
     grad_out = torch.randn(len(inputs.q), 2, 32, device=device, dtype=dtype)
-    torch.library.opcheck(ops.attention_bwd.default, (grad_out, *args, True, False), test_utils="test_faketensor")
+    torch.library.opcheck(ops.attention_bias_bwd.default, (grad_out, *args, False), test_utils="test_faketensor")
 
 
 class Layer(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case, devices, dtypes, make
 
-from hstu_ops import RelativeBias, TimeBuckets, hstu_attention
+from hstu_ops import RelativeBias, TimeBuckets, _library, hstu_attention
 from hstu_ops import attention as attention_module
 
 _CASE = Case("", (5, 0, 3), heads=2, dim_qk=4, dim_v=6, bias="position+time", num_targets=(2, 0, 3))
@@ -211,9 +211,51 @@ def test_a_raw_call_is_checked_too():
 
 
 def test_device_without_kernels(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("no kernels")
+
     monkeypatch.setattr(attention_module._library, "DEVICE_TYPES", ("cuda",))
+    monkeypatch.setattr(attention_module._library, "attention", refuse)
     with pytest.raises(ValueError, match=r"q: expected a device this build has kernels for \(cuda\), got .* on cpu"):
         _call()
+
+
+def test_what_a_kernel_refuses_for_its_own_reasons(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("no kernels")
+
+    monkeypatch.setattr(attention_module._library, "attention", refuse)
+    with pytest.raises(RuntimeError, match="no kernels"):
+        _call()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"), [x for x in _WRONG if x[0] in ("q", "k", "v", "seq_offsets", "max_seq_len")]
+)
+def test_wrong_argument_of_a_plain_call(name, value, error, message):
+    """Without options another op is called; and where kernels are not, in a graph, nothing else checks."""
+    inputs = make(replace(_CASE, bias="none", num_targets=None), grad=False)
+    arguments = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "seq_offsets": inputs.seq_offsets, "max_seq_len": 5}
+    arguments[name] = value
+    with pytest.raises(error, match="hstu_ops: " + message):
+        hstu_attention(**arguments)
+    if "device" not in message and "contiguous" not in message:  # these do not survive the journey
+        meta = {x: t.to("meta") if isinstance(t, torch.Tensor) else t for x, t in arguments.items()}
+        with pytest.raises(error, match="hstu_ops: " + message):
+            hstu_attention(**meta)
+
+
+@pytest.mark.parametrize("name", ("k", "v", "seq_offsets", "num_targets"))
+def test_one_meta_tensor_among_real_ones(name):
+    """It takes the call to the fake kernel, whose result nobody computes."""
+    inputs = make(replace(_CASE, bias="none"), grad=False)
+    arguments = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "seq_offsets": inputs.seq_offsets, "max_seq_len": 5}
+    arguments["num_targets"] = inputs.options["num_targets"]
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor on cpu, the device of q, got .* on meta"):
+        hstu_attention(**arguments)
+    with pytest.raises(ValueError, match="expected all tensors on cpu"):
+        _library._plain_fwd(*arguments.values(), False)
 
 
 @pytest.mark.parametrize("device", [x for x in devices() if torch.float64 not in dtypes(x)])

@@ -10,7 +10,9 @@
 #include "core/launch.h"
 #include "cuda/errors.h"
 #include "cuda/sm90/bwd_scratch.h"
+#include "cuda/sm90/config.h"
 #include "cuda/sm90/tensor_map.h"
+#include "cuda/tile/schedule.h"
 #include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda {
@@ -106,7 +108,7 @@ Status clear_bias_grads(const AttentionBwdParams& params, cudaStream_t stream) {
   return {};
 }
 
-// Counters of the Hopper forward.
+// Counters of the Hopper forward, where there are more items than processors.
 constexpr size_t kFwdWorkspaceBytes = 16;
 
 // The smallest block of queries of any backward kernel.
@@ -167,7 +169,16 @@ Status dispatch_sm90(const AttentionProblem& a, F&& f) {
 
 }  // namespace
 
-size_t attention_fwd_workspace(const AttentionFwdParams&) { return kFwdWorkspaceBytes; }
+// An allocation takes longer than the kernels of a small problem.
+size_t attention_fwd_workspace(const AttentionFwdParams& params) {
+  const AttentionProblem& a = params.problem;
+  int device = 0, processors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return kFwdWorkspaceBytes;
+  constexpr int kRows = sm90::FwdConfig<256>::kRows;  // the smallest block of queries
+  return most_items(a.jagged.total_q, a.jagged.batch, kRows, a.heads) > processors ? kFwdWorkspaceBytes : 0;
+}
 
 size_t attention_bwd_workspace(const AttentionBwdParams& params) {
   const int dim = padded_dim(params.problem);

@@ -177,7 +177,7 @@ View view(const Tensor& tensor, const char* argument, const Shape& shape, const 
 AttentionProblem problem_of(const AttentionArguments& a) {
   AttentionProblem p;
   const Shape q = a.q.shape(), k = a.k.shape(), v = a.v.shape();
-  expect(q.dim() == 3 && q[2] >= 1, "q", "shape [total_q, H, Dqk]", q);
+  expect(q.dim() == 3 && q[1] >= 1 && q[2] >= 1, "q", "shape [total_q, H, Dqk]", q);
   expect(k.dim() == 3, "k", "shape [total_kv, H, Dqk]", k);
   expect(v.dim() == 3 && v[2] >= 1, "v", "shape [total_kv, H, Dv]", v);
   expect(a.max_seq_len >= 0, "max_seq_len", "at least 0", a.max_seq_len);

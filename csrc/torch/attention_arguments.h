@@ -1,5 +1,4 @@
-// The arguments of attention_fwd, which attention_bwd, layer_core_fwd and layer_core_bwd repeat, and what they are to
-// the kernels.
+// The arguments of attention_fwd, which its backwards and layer_core repeat, and what they are to the kernels.
 #pragma once
 
 #include <optional>
@@ -12,12 +11,15 @@ namespace hstu_ops {
 
 // The members stand in the order of the schema in library.cpp.
 struct AttentionArguments {
-  static constexpr uint64_t kCount = 24, kOptions = 21;  // kOptions: those after v
+  static constexpr uint64_t kCount = 24, kOptions = 21, kPlain = 7;  // kOptions: those after v
 
   explicit AttentionArguments(Arguments& arguments) noexcept : next(arguments) {}
   // q, k and v are given; what follows v comes off the stack.
   AttentionArguments(Arguments& arguments, Tensor q, Tensor k, Tensor v) noexcept
       : next(arguments), q(std::move(q)), k(std::move(k)), v(std::move(v)) {}
+
+  // Those of a call without options, in the order of PLAIN_ARGUMENTS in library.cpp.
+  static AttentionArguments plain(Arguments& arguments) noexcept { return {arguments, Plain{}}; }
 
   Arguments& next;
   Tensor q = next.tensor();
@@ -51,6 +53,28 @@ struct AttentionArguments {
   int64_t heads() const { return q.size(1); }
   Device device() const { return q.device(); }
   int32_t table_dtype() const { return accumulation_dtype(q.dtype()); }
+
+ private:
+  struct Plain {};
+  AttentionArguments(Arguments& arguments, Plain) noexcept
+      : next(arguments),
+        seq_offsets_q(),
+        alpha(),
+        scale(),
+        scale_values(),
+        causal(true),
+        target_group_size(1),
+        contextual_seq_len(0),
+        contextual_seq_lens(),
+        max_attn_len(0),
+        min_full_attn_seq_len(0),
+        global_prefix_len(0),
+        bias(),
+        position_weight(),
+        time_weight(),
+        time_boundaries(),
+        timestamps(),
+        query_timestamps() {}
 };
 
 // Checks the arguments.

@@ -1,6 +1,7 @@
 // Calls an op's launcher on the device of its tensors: threads, streams and scratch memory are torch's.
 #pragma once
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -19,9 +20,20 @@ inline cpu::Executor torch_executor() {
   return {static_cast<int>(threads), abi::torch_parallel_for};
 }
 
-inline Tensor allocate_workspace(size_t bytes, Device device) {
-  return Tensor::empty({static_cast<int64_t>(bytes)}, abi::aoti_torch_dtype_uint8(), device);
-}
+// Scratch memory of one call; null where none is needed.
+class Workspace {
+ public:
+  Workspace(size_t bytes, Device device) {
+    if (bytes > 0) memory_.emplace(make(static_cast<int64_t>(bytes), device));
+  }
+  void* data() const { return memory_ ? memory_->data() : nullptr; }
+
+ private:
+  static Tensor make(int64_t bytes, Device device) {
+    return Tensor::empty({bytes}, abi::aoti_torch_dtype_uint8(), device);
+  }
+  std::optional<Tensor> memory_;
+};
 
 // An op's launchers on both devices.
 template <class Params>
@@ -37,13 +49,13 @@ template <class Params>
 void launch(const Params& params, Device device, const Launchers<Params>& launchers) {
   if (device.is_cuda()) {
     const DeviceGuard guard(device.index);
-    const Tensor workspace = allocate_workspace(launchers.cuda_workspace(params), device);
+    const Workspace workspace(launchers.cuda_workspace(params), device);
     const Status status = launchers.cuda(params, workspace.data(), current_cuda_stream(device.index));
     if (!status.ok()) throw std::runtime_error("hstu_ops: " + status.message);
     return;
   }
   const cpu::Executor executor = torch_executor();
-  const Tensor workspace = allocate_workspace(launchers.cpu_workspace(params, executor.threads), device);
+  const Workspace workspace(launchers.cpu_workspace(params, executor.threads), device);
   const Status status = launchers.cpu(params, workspace.data(), executor);
   if (!status.ok()) throw std::invalid_argument("hstu_ops: " + status.message);
 }

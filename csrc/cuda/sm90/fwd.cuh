@@ -447,7 +447,7 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, int proc
   const AttentionProblem& a = params.problem;
   const int parts = key_parts<C>(a, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
-  const bool shared_out = parts == 1 && items > processors;
+  const bool shared_out = workspace && parts == 1 && items > processors;
   FwdArguments arguments{{}, {}, {}, params, query_schedule(a), Tickets(shared_out ? workspace : nullptr)};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
