@@ -1,4 +1,5 @@
-"""What relative bias costs attention: position, time, both, and the dense bias of other libraries, beside none.
+"""What relative bias costs attention: position, time, both, both with the 2048 buckets of production models, and the
+dense bias of other libraries, beside none.
 
 The table is that of bench/attention.py; its last lines hold the rate with each bias against the rate without.
 """
@@ -16,7 +17,7 @@ import torch
 from problems import Problem, dense, label
 from suites import Entry
 
-KINDS = ("position", "time", "relative")
+KINDS = ("position", "time", "relative", "sqrt")
 DENSE_UP_TO = 2048  # rows: a dense bias of 4 heads is then 64 MiB in float32
 
 

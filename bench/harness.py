@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import sys
@@ -37,7 +38,7 @@ class Timing:
     spread: float
     minimum: float
     runs: int
-    method: str  # "cpu", "events" or "graph"
+    method: str  # "cpu", "events", "graph" or "host"
     note: str = ""
 
 
@@ -148,6 +149,30 @@ def _time_graph(calls: Sequence[Call], estimate: float, budget: float) -> Timing
     torch.cuda.synchronize()
     seconds = [_elapsed([graph.replay], 1) / count for _ in range(runs_for(estimate * count, budget, least=7))]
     return summarise(seconds, "graph", f"{count} calls a graph")
+
+
+def time_host(call: Call, count: int, budget: float, device: str) -> Timing:
+    """Seconds of the host for each of the `count` calls that `call` makes. On CUDA the queue never fills: it is empty
+    before every hundred of them.
+    """
+    repeats = max(1, 100 // count)
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+    def once() -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / (repeats * count)
+
+    estimate = min(once() for _ in range(3))
+    gc.collect()
+    gc.disable()
+    try:
+        return summarise([once() for _ in range(runs_for(estimate * repeats * count, budget, least=7))], "host")
+    finally:
+        gc.enable()
+        wait()
 
 
 # ---- memory ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ except ImportError:  # built without pybind11; the ops work without it
     _core = None
 
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
-BIASES = ("none", "position", "time", "relative", "dense")  # relative: position and time
+BIASES = ("none", "position", "time", "relative", "sqrt", "dense")  # relative: position and time; sqrt: 2048 buckets
 COUNTED_BY = "hstu_ops._core" if _core else "hstu_ops.reference.attention_mask, slow (no hstu_ops._core in this build)"
 
 _TYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -87,8 +87,11 @@ def _shape(name: str, lengths: tuple, longest: int, dim: int, heads: int, bias: 
     if targets:
         options["num_targets"] = tuple(min(targets, n) for n in lengths)
         name += f" t{targets}"
-    if options.get("max_attn_len"):
-        name += f" w{options['max_attn_len']}"
+    for option, short in (("max_attn_len", "w"), ("contextual_seq_len", "c"), ("global_prefix_len", "g")):
+        if options.get(option):
+            name += f" {short}{options[option]}"
+    if options.get("queries"):
+        name += f" q{max(options['queries'])}"
     name += f" D{dim}" + (f" {bias}" if bias != "none" else "")
     return Case(
         name,
@@ -97,7 +100,7 @@ def _shape(name: str, lengths: tuple, longest: int, dim: int, heads: int, bias: 
         dim_qk=dim,
         dim_v=dim,
         max_seq_len=longest,
-        bias="position+time" if bias == "relative" else bias,
+        bias={"relative": "position+time", "sqrt": "position+time/sqrt"}.get(bias, bias),
         **options,
     )
 
@@ -213,7 +216,7 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
                 fields["position_weight"] = normal(*lead, 2 * positions - 1).requires_grad_()
                 continue
             times = timestamps_of(total_kv + 1, device, generator)
-            buckets = TimeBuckets.log().to(device)
+            buckets = (TimeBuckets.sqrt() if term.endswith("/sqrt") else TimeBuckets.log()).to(device)
             fields["time_weight"] = normal(*lead, len(buckets.boundaries) + 1).requires_grad_()
             fields |= {"buckets": buckets, "timestamps": times[:-1]}
             if case.query_timestamps and case.queries is None:  # the time of the next item

@@ -133,8 +133,8 @@ def _cpu_clock() -> str:
 
 
 def commit() -> str:
-    """What was measured: HSTU_OPS_COMMIT of the environment (for a copy of a tree, whose own git knows nothing or, worse,
-    something else), else the commit of the git work tree whose root this is, else that of the built library.
+    """What was measured: HSTU_OPS_COMMIT of the environment (for a copy of a tree, where git knows nothing or something
+    else), else the commit of the git work tree whose root this is, else that of the built library.
 
     Where the library was built from another commit than that, or from changed files, its own is added.
     """

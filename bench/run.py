@@ -1,4 +1,4 @@
-"""Runs all benches, one after another: attention, bias, pointwise, layer, encoder, memory.
+"""Runs all benches, one after another: attention, bias, host, pointwise, layer, encoder, memory.
 
 Results go to bench/results/<machine>/: a CSV file and a plot of each. Other options are those of each bench; here only
 what all of them take.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("attention", "bias", "pointwise", "layer", "encoder", "memory")
+NAMES = ("attention", "bias", "host", "pointwise", "layer", "encoder", "memory")
 HERE = Path(__file__).resolve().parent
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
+import torch
 from problems import BIASES, DIRECTIONS, Case, Problem, cases, dense, jagged, label, mean_length, type_name, type_named
 
 SHAPE_OPTIONS = ("lengths", "dims", "heads", "tokens", "batch", "bias", "jagged", "targets", "window")
@@ -103,7 +104,9 @@ def _tenth(case: Case) -> Case:
 
 
 def cuda_suite(quick: bool, dtypes: list) -> list[Entry]:
-    """128k rows of 4 heads (N 1024: 32 sequences), jagged beside dense of the mean length. Bias: bench/bias.py."""
+    """128k rows of 4 heads (N 1024: 32 sequences), jagged beside dense of the mean length, masks beside causal, few
+    queries against cached keys. Bias: bench/bias.py.
+    """
     both = ("fwd", "bwd")
     shapes = [(1024, 8)] if quick else [(1024, 32), (4096, 32), (8192, 16)]
     entries = []
@@ -121,4 +124,14 @@ def cuda_suite(quick: bool, dtypes: list) -> list[Entry]:
         entries += [Entry(Problem(x, dtype), both) for x in short]
         if not quick:
             entries.append(Entry(Problem(jagged(1024, 256, 64, targets=20), dtype), both))
+            entries.append(Entry(Problem(jagged(1024, 256, 128, targets=20), dtype), both))
+            entries += [x for dim in (64, 128) for x in _masks(dim, dtype)]
+            entries.append(Entry(Problem(dense(16384, 8, 128, queries=(128,) * 8), dtype), both))
     return entries
+
+
+def _masks(dim: int, dtype: torch.dtype) -> list[Entry]:
+    """Beside the causal mask: a window, contextual rows, a window with a prefix that all rows see (semi-local)."""
+    against = (("causal", label(dense(8192, 16, dim), dtype)),)
+    options = ({"max_attn_len": 512}, {"contextual_seq_len": 64}, {"max_attn_len": 512, "global_prefix_len": 64})
+    return [Entry(Problem(dense(8192, 16, dim, **x), dtype, against), ("fwd", "bwd"), compare=False) for x in options]

@@ -26,7 +26,7 @@ from .recommender import HSTURecommender
 try:
     __version__ = version("hstu_ops")
 except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__ = build_info().get("version", "0") + "+source"
 
 __all__ = [
     "HSTU",

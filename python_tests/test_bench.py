@@ -24,6 +24,7 @@ import measure
 import peaks
 import problems
 import providers
+import readme
 import report
 import suites
 
@@ -201,6 +202,7 @@ def test_suites_hold_the_stated_cases():
     }
     labels = {x.problem.label for x in cuda}
     assert all(other in labels for x in cuda for _, other in x.problem.against)
+    assert len(labels) == len(cuda)
 
 
 def test_cases_by_option():
@@ -375,6 +377,15 @@ def test_commit_of_a_figure(tmp_path, monkeypatch):
     assert report.commit() == f"bbb+dirty library {head}"
     library["commit"] = "unknown"
     assert report.commit() == "bbb+dirty"
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    """`python bench/readme.py` writes them."""
+    text, differ = readme.rewritten((report.ROOT / "README.md").read_text())
+    assert not differ
+    assert all(f"<!-- figures: {x} -->" in text for x in readme.BLOCKS)
+    changed = text.replace("| N 4096, B 32 |", "| N 4096, B 33 |")
+    assert readme.rewritten(changed) == (text, ["attention", "bias"])
 
 
 def test_environment_says_where_a_figure_comes_from():

@@ -14,6 +14,7 @@ import bias
 import common
 import encoder
 import harness
+import host
 import layer
 import memory
 import peaks
@@ -57,6 +58,12 @@ def test_layer_runs(tmp_path, capsys, known_peaks):
     ]
     assert "research" in capsys.readouterr().out
     assert layer.main([*MODULE, "--lengths=16", "--batch=2", "--variants=best"]) == 2
+
+
+def test_host_runs(tmp_path, capsys, known_peaks):
+    assert host.main(["--device=cpu", "--quick", "--time=0.001", "--out", str(tmp_path)]) == 0
+    assert {"forward", "backward"} < {x["call"] for x in lines_of(tmp_path, "host")}
+    assert "backward" in capsys.readouterr().out
 
 
 def test_flops_of_a_layer():
@@ -133,7 +140,7 @@ def test_bias_runs(tmp_path, capsys, known_peaks):
     arguments = ["--device=cpu", "--quick", "--time=0.001", "--lengths=16", "--tokens=32", "--dims=8", "--heads=1"]
     assert bias.main([*arguments, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/bias.csv")
-    kinds = ["none", "position", "time", "position+time", "dense"]
+    kinds = ["none", "position", "time", "position+time", "position+time/sqrt", "dense"]
     assert list(dict.fromkeys(x["bias"] for x in report.load(path))) == kinds
     assert "relative fp32, rate over that of no bias" in capsys.readouterr().out
     assert bias.main([*arguments, "--lengths=0"]) == 2
