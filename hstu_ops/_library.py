@@ -94,7 +94,7 @@ torch.library.register_fake("hstu_ops::attention_plain_bwd", _attention_bwd_fake
 def _expect_one_device(q: Tensor, *others: object) -> None:
     """One meta tensor among real ones brings a call here, and the result would be memory that nobody has written."""
     for x in others:
-        if isinstance(x, Tensor) and x.device != q.device:
+        if isinstance(x, Tensor) and x.device.type != q.device.type:
             raise ValueError(f"hstu_ops: expected all tensors on {q.device}, the device of q, got one on {x.device}")
 
 
