@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common
@@ -30,30 +31,37 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def calls(case: problems.Case, bench: common.Bench) -> dict[str, tuple[Callable[[], object], int]]:
-    """Callables by name, and how many calls each makes."""
-    x = problems.draw(case, bench.dtype, bench.device)
-    biased = problems.draw(problems.replace(case, bias="position+time"), bench.dtype, bench.device)
-    leaves = [
-        tuple(torch.randn_like(y, requires_grad=True) for y in (x.q, x.k, x.v)) for _ in range(NODES)
-    ]  # of their own, or the sums of gradients would count
+@dataclass(frozen=True)
+class Case:
+    name: str
+    call: Callable[[], object]
+    count: int = 1  # calls that `call` makes
+    grad: bool = False
+
+
+def cases(shape: problems.Case, bench: common.Bench) -> list[Case]:
+    x = problems.draw(shape, bench.dtype, bench.device)
+    biased = problems.draw(replace(shape, bias="position+time"), bench.dtype, bench.device)
+    # Leaves of their own, or the sums of gradients would count.
+    leaves = [[torch.randn_like(y, requires_grad=True) for y in (x.q, x.k, x.v)] for _ in range(NODES)]
     outs = [hstu_attention(*y, x.seq_offsets, x.max_seq_len) for y in leaves]
     grads = [torch.randn_like(y) for y in outs]
     everything = [y for one in leaves for y in one]
-    no_grad = torch.no_grad()
-    forward = lambda **options: lambda: hstu_attention(x.q, x.k, x.v, x.seq_offsets, x.max_seq_len, **options)  # noqa: E731
-    found = {
-        "forward": (no_grad(forward()), 1),
-        "forward, window": (no_grad(forward(max_attn_len=32)), 1),
-        "forward, position and time bias": (no_grad(lambda: biased.call(hstu_attention)), 1),
-        "forward, recorded": (forward(), 1),
-        "backward": (lambda: torch.autograd.grad(outs, everything, grads, retain_graph=True), NODES),
-    }
+
+    def forward(**options) -> Callable[[], object]:
+        return lambda: hstu_attention(x.q, x.k, x.v, x.seq_offsets, x.max_seq_len, **options)
+
+    found = [
+        Case("forward", forward()),
+        Case("forward, window", forward(max_attn_len=32)),
+        Case("forward, position and time bias", lambda: biased.call(hstu_attention)),
+        Case("forward, recorded", forward(), grad=True),
+        Case("backward", lambda: torch.autograd.grad(outs, everything, grads, retain_graph=True), NODES, grad=True),
+    ]
     if bench.device == "cuda":
         offsets, longest = x.seq_offsets.int(), x.max_seq_len
-        flash = torch.ops.aten._flash_attention_forward
         args = (x.q, x.k, x.v, offsets, offsets, longest, longest, 0.0, True, False)
-        found["FlashAttention2's op, forward"] = (no_grad(lambda: flash(*args)), 1)
+        found.append(Case("FlashAttention2's op, forward", lambda: torch.ops.aten._flash_attention_forward(*args)))
     return found
 
 
@@ -61,16 +69,17 @@ def run(args: argparse.Namespace) -> int:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     bench = common.Bench("host", args, "bf16" if cuda else "fp32", COLUMNS)
     cuda = bench.device == "cuda"
-    case = problems.dense(args.length or (128 if cuda else 1), args.batch or (16 if cuda else 1), 64 if cuda else 8)
-    bench.head(f"{case.name}, {case.heads} heads" + ("" if cuda else "; with the time of the (tiny) problem itself"))
+    shape = problems.dense(args.length or (128 if cuda else 1), args.batch or (16 if cuda else 1), 64 if cuda else 8)
+    bench.head(f"{shape.name}, {shape.heads} heads" + ("" if cuda else "; with the time of the (tiny) problem itself"))
 
-    def measure(item: tuple[str, tuple[Callable[[], object], int]]) -> None:
-        name, (call, count) = item
-        timing = bench.step(lambda: harness.time_host(call, count, bench.budget, bench.device))()
-        row = {"call": name, "case": case.name, "us": timing.median * 1e6, "min us": timing.minimum * 1e6}
+    def measure(case: Case) -> None:
+        with torch.set_grad_enabled(case.grad):
+            timing = harness.time_host(case.call, case.count, bench.budget, bench.device)
+        row = {"call": case.name, "case": shape.name, "us": timing.median * 1e6, "min us": timing.minimum * 1e6}
         bench.add(row, timing)
 
-    bench.each(list(calls(case, bench).items()), lambda x: x[0], measure)
+    # All on one stream: the backward pass would wait for the one of the forward, and that is time of the host.
+    bench.step(lambda: bench.each(cases(shape, bench), lambda x: x.name, measure))()
     return bench.finish(("call", "case"), draw)
 
 

@@ -102,34 +102,46 @@ def _expect_one_device(q: Tensor, *others: object) -> None:
 
 
 class _Attention(torch.autograd.Function):
-    """The op `fwd` of the arguments `args`: attention_fwd or attention_plain_fwd."""
-
     @staticmethod
-    def forward(fwd: torch._ops.OpOverload, *args: object) -> Tensor:
+    def forward(*args: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return fwd(*args)
+            return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in inputs[1:]])
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in inputs])
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple:
-        fwd, *others = ctx.others
-        args = [x if y is None else y for x, y in zip(others, ctx.saved_tensors, strict=True)]
-        if grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
-        _, *needed = ctx.needs_input_grad
-        places, bwd = (0, 1, 2), _plain_bwd if fwd is _plain_fwd else _bwd
-        if bwd is _bwd and any(needed[i] for i in _TABLES):
-            places, bwd = (0, 1, 2, *_TABLES), _bias_bwd
-        grads = _attention_bwd(bwd, grad_out, *args, torch.are_deterministic_algorithms_enabled())
-        result = [None] * len(ctx.others)
-        for i, grad in zip(places, grads, strict=True):
-            if needed[i]:
-                result[1 + i] = grad
+        args = [x if y is None else y for x, y in zip(ctx.others, ctx.saved_tensors, strict=True)]
+        with_bias = any(ctx.needs_input_grad[i] for i in _TABLES)
+        grads = _attention_bwd(_bias_bwd if with_bias else _bwd, grad_out, *args)
+        result = [None] * len(args)
+        for i, grad in zip((0, 1, 2, *_TABLES), grads):  # noqa: B905, as many as there are
+            result[i] = grad if ctx.needs_input_grad[i] else None
         return tuple(result)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """The same for calls without options."""
+
+    @staticmethod
+    def forward(*args: object) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _plain_fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        q, k, v, seq_offsets, ctx.max_seq_len, num_targets, ctx.allow_tf32 = inputs
+        ctx.save_for_backward(q, k, v, seq_offsets, num_targets)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple:
+        *tensors, num_targets = ctx.saved_tensors
+        args = (*tensors, ctx.max_seq_len, num_targets, ctx.allow_tf32)
+        grads = _attention_bwd(_plain_bwd, grad_out, *args)
+        return (*grads, None, None, None, None)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -168,10 +180,16 @@ def _apply(function: type[torch.autograd.Function], args: tuple):
 
 
 def _attention_fwd(*args: object) -> Tensor:
-    return _apply(_Attention, (_fwd, *args)) if _needs_grad(args) else _Attention.forward(_fwd, *args)
+    return _apply(_Attention, args) if _needs_grad(args) else _Attention.forward(*args)
 
 
-def _attention_bwd(bwd: torch._ops.OpOverload, *args: object) -> tuple[Tensor, ...]:
+def _attention_bwd(bwd: torch._ops.OpOverload, grad_out: Tensor, *args: object) -> tuple[Tensor, ...]:
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    return _backward_kernel(bwd, grad_out, *args, torch.are_deterministic_algorithms_enabled())
+
+
+def _backward_kernel(bwd: torch._ops.OpOverload, *args: object) -> tuple[Tensor, ...]:
     return _apply(_AttentionBackward, (bwd, *args)) if _needs_grad(args) else _AttentionBackward.forward(bwd, *args)
 
 
@@ -180,7 +198,7 @@ def attention(*args: object) -> Tensor:
 
 
 def plain_attention(*args: object) -> Tensor:
-    return _apply(_Attention, (_plain_fwd, *args)) if _needs_grad(args) else _Attention.forward(_plain_fwd, *args)
+    return _apply(_PlainAttention, args) if _needs_grad(args) else _PlainAttention.forward(*args)
 
 
 def kernel_will_check(q: Tensor) -> bool:
@@ -195,7 +213,7 @@ def kernel_will_check(q: Tensor) -> bool:
 
 _lib.impl("attention_fwd", _attention_fwd, "Autograd")
 for _op, _name in ((_bwd, "attention_bwd"), (_bias_bwd, "attention_bias_bwd")):
-    _lib.impl(_name, partial(_attention_bwd, _op), "Autograd")
+    _lib.impl(_name, partial(_backward_kernel, _op), "Autograd")
 
 
 @torch.compiler.assume_constant_result
