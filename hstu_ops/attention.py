@@ -202,7 +202,9 @@ def op_arguments(
 
     dense, relative = None, _NO_BIAS
     if isinstance(bias, RelativeBias):
-        relative = _relative_arguments(bias, q, total_q, total_kv, accumulate)
+        if check:
+            _check_relative(bias, q, total_q, total_kv)
+        relative = _relative_arguments(bias, accumulate)
     elif bias is not None:
         dense = _check_dense(bias, batch, q, max_seq_len).to(accumulate)
 
@@ -330,16 +332,14 @@ def _check_dense(bias: Tensor, batch: int, q: Tensor, max_seq_len: int) -> Tenso
     return bias if bias.stride(3) == 1 else bias.contiguous()
 
 
-def _relative_arguments(bias: RelativeBias, q: Tensor, total_q: int, total_kv: int, accumulate: torch.dtype) -> tuple:
+def _check_relative(bias: RelativeBias, q: Tensor, total_q: int, total_kv: int) -> None:
     position_weight, time_weight = bias.position_weight, bias.time_weight
     if position_weight is not None:
         _check_table("bias.position_weight", position_weight, q)
         if position_weight.shape[-1] % 2 != 1:
             _fail("bias.position_weight", "an odd number of entries, 2P - 1", position_weight)
-        position_weight = _unexpanded(position_weight).to(accumulate)
     if time_weight is None:
-        return position_weight, None, None, None, None
-
+        return
     if bias.buckets is None:
         _fail("bias.buckets", "TimeBuckets, as bias.time_weight is given", None)
     boundaries, timestamps, query_timestamps = bias.buckets.boundaries, bias.timestamps, bias.query_timestamps
@@ -352,7 +352,24 @@ def _relative_arguments(bias: RelativeBias, q: Tensor, total_q: int, total_kv: i
     _check_times("bias.timestamps", timestamps, total_kv, q.device)
     if query_timestamps is not None:
         _check_times("bias.query_timestamps", query_timestamps, total_q, q.device)
-    return position_weight, _unexpanded(time_weight).to(accumulate), boundaries, timestamps, query_timestamps
+
+
+def _relative_arguments(bias: RelativeBias, accumulate: torch.dtype) -> tuple:
+    position_weight, time_weight = _table(bias.position_weight, accumulate), _table(bias.time_weight, accumulate)
+    if time_weight is None:
+        return position_weight, None, None, None, None
+    return position_weight, time_weight, bias.buckets.boundaries, bias.timestamps, bias.query_timestamps
+
+
+def _table(table: Tensor | None, accumulate: torch.dtype) -> Tensor | None:
+    """In the accumulation type; one row for all heads where the rows are the same memory: its gradient is their sum."""
+    if table is None:
+        return None
+    if not table.is_floating_point():
+        raise TypeError("a table of integers")  # _check_table says which
+    if table.dim() == 2 and table.stride(0) == 0:
+        table = table[0]
+    return table if table.dtype == accumulate else table.to(accumulate)
 
 
 def _check_table(name: str, table: Tensor, q: Tensor) -> None:
@@ -365,11 +382,6 @@ def _check_table(name: str, table: Tensor, q: Tensor) -> None:
         _fail(name, f"a tensor on {q.device}, the device of q", table)
     if table.stride(-1) != 1 and table.shape[-1] != 1:
         _fail(name, "a contiguous last dimension", f"strides {table.stride()}")
-
-
-def _unexpanded(table: Tensor) -> Tensor:
-    """One row for all heads where the rows are the same memory: its gradient is then their sum."""
-    return table[0] if table.dim() == 2 and table.stride(0) == 0 else table
 
 
 def _check_times(name: str, x: Tensor, size: int, device: torch.device) -> None:
