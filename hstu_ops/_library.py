@@ -102,6 +102,8 @@ def _expect_one_device(q: Tensor, *others: object) -> None:
 
 
 class _Attention(torch.autograd.Function):
+    generate_vmap_rule = True  # a loop: the ops have no batching rule
+
     @staticmethod
     def forward(*args: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -126,6 +128,8 @@ class _Attention(torch.autograd.Function):
 class _PlainAttention(torch.autograd.Function):
     """The same for calls without options."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*args: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -147,6 +151,8 @@ class _PlainAttention(torch.autograd.Function):
 class _AttentionBackward(torch.autograd.Function):
     """A backward op when somebody may want to differentiate it: they get an error instead of a wrong number."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(bwd: torch._ops.OpOverload, *args: object) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -164,11 +170,12 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def _needs_grad(args: tuple) -> bool:
-    if torch.is_grad_enabled():
-        for x in args:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return True
-    return False
+    if not torch.is_grad_enabled():
+        return False
+    for x in args:
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return torch._C._are_functorch_transforms_active()  # vmap hides requires_grad
 
 
 def _apply(function: type[torch.autograd.Function], args: tuple):

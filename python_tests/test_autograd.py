@@ -104,6 +104,28 @@ def test_func_grad(device):
         torch.func.grad(lambda q: torch.func.grad(lambda q: attention(q, *leaves[1:]).sum())(q).sum())(leaves[0])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("options", ({}, {"max_attn_len": 2}), ids=("plain", "window"))
+def test_vmap(options, device):
+    """A loop, with gradients: into what is mapped, into what is not, and for each sample."""
+    q = torch.randn(3, 5, 2, 8, device=device, requires_grad=True)
+    k, v = (torch.randn(5, 2, 8, device=device, requires_grad=True) for _ in range(2))
+    offsets = torch.tensor([0, 2, 5], device=device)
+
+    def attention(q):
+        return hstu_attention(q, k, v, offsets, 5, **options)
+
+    got, want = torch.vmap(attention)(q), torch.stack([attention(x) for x in q])
+    assert torch.equal(got, want)
+    weight = torch.randn_like(want)
+    got, wanted = (torch.autograd.grad(x, (q, k, v), weight) for x in (got, want))
+    torch.testing.assert_close(got, wanted)
+    each = torch.vmap(torch.func.grad(lambda q, weight: (attention(q) * weight).sum()))(q, weight)
+    torch.testing.assert_close(each.detach(), wanted[0])
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(attention)(q), want)
+
+
 def test_raw_op_is_differentiable(device):
     """torch.ops.hstu_ops.attention_fwd, called directly."""
     inputs = make(Case("", (30, 40)), device=device)
