@@ -219,8 +219,9 @@ def kernel_will_check(q: Tensor) -> bool:
 
 
 _lib.impl("attention_fwd", _attention_fwd, "Autograd")
-for _op, _name in ((_bwd, "attention_bwd"), (_bias_bwd, "attention_bias_bwd")):
-    _lib.impl(_name, partial(_backward_kernel, _op), "Autograd")
+_lib.impl("attention_plain_fwd", plain_attention, "Autograd")
+for _op in (_bwd, _plain_bwd, _bias_bwd):
+    _lib.impl(_op._schema.name.removeprefix("hstu_ops::"), partial(_backward_kernel, _op), "Autograd")
 
 
 @torch.compiler.assume_constant_result
