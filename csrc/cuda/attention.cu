@@ -29,6 +29,8 @@ namespace sm90 {
 template <class T, int kDim>
 Status attention_fwd(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream);
 template <class T, int kDim>
+Status attention_fwd_biased(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream);
+template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
 }  // namespace sm90
 #endif
@@ -70,6 +72,10 @@ Status dispatch(const AttentionProblem& a, F&& f) {
         return {"float64 is not supported on CUDA: convert to float32, or run on the CPU"};
     }
   });
+}
+
+bool has_bias(const AttentionProblem& a) {
+  return a.dense.data || a.relative.position_weight || a.relative.time_weight;
 }
 
 bool empty(const AttentionProblem& a) { return a.heads == 0 || a.jagged.batch == 0; }
@@ -138,7 +144,6 @@ std::string sm90_refusal(const AttentionProblem& a, int& processors) {
     return "the device does not answer";
   if (major != 9 || minor != 0) return "it needs a device of compute capability 9.0";
   if (a.dtype != DType::kFloat16 && a.dtype != DType::kBFloat16) return "it takes float16 and bfloat16";
-  if (a.dense.data || a.relative.position_weight || a.relative.time_weight) return "it takes no bias";
   const bool maps = sm90::has_tensor_map(a.q, a.dim_qk, a.jagged.total_q) &&
                     sm90::has_tensor_map(a.k, a.dim_qk, a.jagged.total_kv) &&
                     sm90::has_tensor_map(a.v, a.dim_v, a.jagged.total_kv);
@@ -152,6 +157,7 @@ std::string sm90_refusal(const AttentionProblem& a, int& processors) {
 std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
   std::string refusal = sm90_refusal(a, processors);
+  if (refusal.empty() && has_bias(a)) refusal = "it takes no bias";
   if (refusal.empty() && params.deterministic) refusal = "its sums have no fixed order";
   if (refusal.empty() && !sm90::has_tensor_map(params.grad_out, a.dim_v, a.jagged.total_q))
     refusal = "it takes a gradient of the output whose rows start on 16 bytes";
@@ -198,7 +204,9 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, void* st
 #ifdef HSTU_WITH_SM90
   if (backend != Backend::kSm80 && refusal.empty())
     return dispatch_sm90(params.problem, [&](auto element, auto dim) {
-      return sm90::attention_fwd<decltype(element), decltype(dim)::value>(params, workspace, processors, on);
+      using T = decltype(element);
+      return has_bias(params.problem) ? sm90::attention_fwd_biased<T, dim>(params, workspace, processors, on)
+                                      : sm90::attention_fwd<T, dim>(params, workspace, processors, on);
     });
 #endif
   return explained(dispatch(params.problem, [&](auto element, auto dim) {

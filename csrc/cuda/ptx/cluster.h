@@ -22,13 +22,15 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The float at `address` of this block's shared memory, but in block `rank` of the cluster.
-__device__ __forceinline__ float ld_cluster(uint32_t address, int rank) {
-  float x;
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(x)
-               : "r"(address), "r"(rank)
-               : "memory");
+// The floats at `address` of this block's shared memory, but in block `rank` of the cluster.
+__device__ __forceinline__ float4 ld_cluster_v4(uint32_t address, int rank) {
+  float4 x;
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "r"(address), "r"(rank)
+      : "memory");
   return x;
 }
 

@@ -26,6 +26,19 @@ __device__ __forceinline__ void st_shared(uint32_t address, uint4 x) {
                : "memory");
 }
 
+__device__ __forceinline__ void st_shared(uint32_t address, int2 x) {
+  asm volatile("st.shared.v2.s32 [%0], {%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void st_shared(uint32_t address, int64_t x) {
+  asm volatile("st.shared.s64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+}
+
+__device__ __forceinline__ void st_shared(uint32_t address, float4 x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 __device__ __forceinline__ float ld_shared(uint32_t address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
@@ -68,8 +81,28 @@ __device__ __forceinline__ int2 ld_shared_int_v2(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ int64_t ld_shared_int64(uint32_t address) {
+  int64_t x;
+  asm volatile("ld.shared.s64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ void red_shared_add(uint32_t address, int x) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void red_shared_min(uint32_t address, int x) {
+  asm volatile("red.shared.min.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void red_shared_or(uint32_t address, unsigned x) {
+  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+// Read-only memory; not moved across other such loads, which bounds the registers of many.
+__device__ __forceinline__ float ld_global(const float* p) {
+  float x;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(p));
+  return x;
 }
 
 // p[i] += the i-th argument.

@@ -19,73 +19,20 @@
 #include <cmath>
 #include <type_traits>
 
-#include "core/launch.h"
 #include "cuda/ptx/cluster.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/named_barrier.h"
-#include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
-#include "cuda/sm90/config.h"
-#include "cuda/sm90/fwd_items.h"
+#include "cuda/sm90/fwd_bias_add.h"
+#include "cuda/sm90/fwd_bias_prepare.h"
+#include "cuda/sm90/fwd_storage.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/store.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/sm90/tickets.h"
 #include "cuda/tile/score.h"
 #include "cuda/tile/walk.h"
 
 namespace hstu_ops::cuda::sm90 {
-
-struct FwdArguments {
-  CUtensorMap q, k, v;
-  AttentionFwdParams params;
-  Schedule schedule;
-  Tickets tickets;
-};
-
-constexpr int kItems = 3;  // the item in work and the next two: a longer queue would leave blocks idle at the end
-
-template <class C>
-struct FwdBarriers {
-  ptx::Mbarrier item_full[kItems], item_empty[kItems], query_full, query_empty;
-  ptx::Mbarrier key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
-
-  __device__ void init() {
-    for (ptx::Mbarrier& b : item_full) b.init(1);
-    for (ptx::Mbarrier& b : item_empty) b.init(C::kGroups + 1);
-    query_full.init(1), query_empty.init(C::kGroups);
-    for (int i = 0; i < C::kStages; ++i) {
-      key_full[i].init(1), value_full[i].init(1);
-      key_empty[i].init(C::kGroups), value_empty[i].init(C::kGroups);
-    }
-    ptx::fence_mbarrier_init();
-  }
-};
-
-// What all roles see of shared memory.
-template <class C, class T>
-struct FwdStorage {
-  using Panel = SmemTile<T, kPanel>;  // its swizzle is the copy engine's
-
-  FwdBarriers<C>& barrier;
-  FwdItem<C> (&items)[kItems];
-  uint32_t queries, keys, values, staging;
-
-  __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
-      : barrier(barrier), items(items) {
-    queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
-    keys = queries + C::kQueryBytes;
-    values = keys + C::kStages * C::kKeyBytes;
-    staging = values + C::kStages * C::kKeyBytes;
-  }
-  __device__ Panel query_panel(int panel) const { return {queries + panel * C::kRows * 128}; }
-  __device__ Panel key_panel(int stage, int panel) const {
-    return {keys + stage * C::kKeyBytes + panel * C::kCols * 128};
-  }
-  __device__ Panel value_panel(int stage, int panel) const {
-    return {values + stage * C::kKeyBytes + panel * C::kCols * 128};
-  }
-};
 
 // ---- the finding warp ----
 
@@ -185,6 +132,7 @@ __device__ __forceinline__ uint32_t scaled(uint32_t pair, float factor) {
 // kFolded: Q takes alpha / 2, a power of two, before the products.
 template <class C, class T, bool kFolded>
 struct FwdComputer {
+  static constexpr bool kBias = !std::is_same_v<typename C::Bias, NoBias>;
   using Scores = float[C::kCols / 2];
   using Output = float[C::kDim / 2];
   using Weights = uint32_t[C::kCols / 16][4];  // P, as an operand
@@ -194,9 +142,7 @@ struct FwdComputer {
   const FwdArguments& arguments;
   const FwdStorage<C, T>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
-  const float alpha = static_cast<float>(arguments.params.problem.alpha) * Score<T>::kArgument;
   Ring<C::kStages> ring;
-  unsigned query_round = 0;
 
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ int warp_row() const { return group * 64 + thread() / 32 * 16; }
@@ -206,15 +152,14 @@ struct FwdComputer {
   }
 
   // Waits for the item's queries and takes them into registers, if that is where they are used.
-  __device__ __forceinline__ void take_queries(Queries& q) {
-    shared.barrier.query_full.wait(query_round);
-    query_round ^= 1;
+  __device__ __forceinline__ void take_queries(Queries& q, unsigned round) {
+    shared.barrier.query_full.wait(round);
     if constexpr (C::kQueryRegisters) {
 #pragma unroll
       for (int i = 0; i < C::kDim / 16; ++i) {
         ptx::ldmatrix_x4(q[i], shared.query_panel(i / 4).at(warp_row() + lane_id() % 16, i % 4 * 2 + lane_id() / 16));
         if constexpr (kFolded)
-          for (uint32_t& x : q[i]) x = scaled(x, alpha);
+          for (uint32_t& x : q[i]) x = scaled(x, arguments.alpha);
       }
       sync();
       release(shared.barrier.query_empty);
@@ -269,11 +214,24 @@ struct FwdComputer {
     return row_bits(s.mask, s.first_row + item.first + warp_row() + lane_id(), tile * C::kCols);
   }
 
-  __device__ __forceinline__ void activate(Scores& s, bool covered, uint64_t keep) const {
+  __device__ __forceinline__ BiasTile bias_place(const FwdItem<C>& item, int tile) const {
+    return {warp_row() / 16, item.job.sequence.first_row + item.first + warp_row(), tile * C::kCols,
+            item.times + warp_row(), shared.staging + warp_row() * 128};
+  }
+  __device__ __forceinline__ TileBias<C> make_bias(const FwdItem<C>& item, int tile) const {
+    return {shared.bias_stage(ring.stage), shared.bias_tables(), bias_place(item, tile)};
+  }
+
+  __device__ __forceinline__ void activate(Scores& s, const FwdItem<C>& item, int at, TileBias<C>& bias, bool covered,
+                                           uint64_t keep) const {
     Tile& tile = reinterpret_cast<Tile&>(s);
-    if constexpr (!kFolded) tile.each([this](float& x, int, int) { x *= alpha; });
+    if constexpr (kBias) {
+      bias.add(arguments.params.problem, item.job, bias_place(item, at), arguments.alpha, Score<T>::kArgument, tile);
+    } else if constexpr (!kFolded) {
+      tile.each([this](float& x, int, int) { x *= arguments.alpha; });
+    }
     Score<T>::activate(tile);
-    if (!covered) mask_rows(keep, tile);
+    if (!covered) mask_rows(kBias ? keep_bits(item, at) : keep, tile);
   }
 
   __device__ __forceinline__ void round(const Scores& s, Weights& p) const {
@@ -310,24 +268,26 @@ struct FwdComputer {
     Scores s;
     Weights p;
     bool covered = tiles.covers(tile);
-    uint64_t keep = covered ? 0 : keep_bits(item, tile);
+    uint64_t keep = covered || kBias ? 0 : keep_bits(item, tile);
     await_keys();
     multiply_keys(q, s);
+    TileBias<C> bias = make_bias(item, tile);
     ptx::wgmma_wait<0>();
     release_keys(tiles, tile);
-    activate(s, covered, keep);
+    activate(s, item, tile, bias, covered, keep);
     round(s, p);
     Ring<C::kStages> current = ring;
     ring.next();
     for (++tile; tile < end; ++tile) {
       covered = tiles.covers(tile);
-      keep = covered ? 0 : keep_bits(item, tile);
+      keep = covered || kBias ? 0 : keep_bits(item, tile);
       await_keys();
       multiply_keys(q, s);
       multiply_values(out, p, C::kCols, current);
+      TileBias<C> bias = make_bias(item, tile);
       ptx::wgmma_wait<1>();
       release_keys(tiles, tile);
-      activate(s, covered, keep);
+      activate(s, item, tile, bias, covered, keep);
       ptx::wgmma_wait<0>();
       release(barrier.value_empty[current.stage]);
       round(s, p);
@@ -340,11 +300,12 @@ struct FwdComputer {
     release(barrier.value_empty[current.stage]);
   }
 
-  __device__ __forceinline__ void compute(const FwdItem<C>& item, Output& out) {
-    const TileSpans walk = item.tiles();
-    const GroupTiles tiles = item.groups[group];
+  __device__ __forceinline__ void compute(const FwdItem<C>& item, unsigned round, Output& out) {
+    // Bias takes registers: with it the tiles are read from shared memory.
+    std::conditional_t<kBias, const TileSpans&, const TileSpans> walk = item.tiles();
+    std::conditional_t<kBias, const GroupTiles&, const GroupTiles> tiles = item.groups[group];
     Queries q;
-    take_queries(q);
+    take_queries(q, round);
     if (!C::kQueryRegisters && tiles.none()) release(shared.barrier.query_empty);
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       if (tiles.kept.has(tile)) {
@@ -373,10 +334,17 @@ struct FwdComputer {
       shared.barrier.item_full[at.stage].wait(at.round);
       const FwdItem<C>& item = shared.items[at.stage];
       if (!item.more) return;
+      if constexpr (C::kPreparers > 0) {
+        constexpr int kThreads = 128 * C::kGroups;
+        shared.bias_tables().turn(arguments.params.problem.relative, item.job.item.head, Score<T>::kArgument,
+                                  threadIdx.x - 128, kThreads,
+                                  [] { ptx::named_barrier_sync(1 + C::kGroups, kThreads); });
+      }
       Output out;
 #pragma unroll
       for (float& x : out) x = 0.f;
-      compute(item, out);
+      static_assert(kItems % 2 == 1);
+      compute(item, (at.stage + at.round) % 2, out);  // items by turns use either phase of the queries' barriers
       store(item, out);
       sync();  // all four warps are done with the item
       release(shared.barrier.item_empty[at.stage]);
@@ -385,6 +353,14 @@ struct FwdComputer {
 };
 
 // ---- kernel and launch ----
+
+// By the preparing and the computing warps, while the first items are found.
+template <class C, class T>
+__device__ __forceinline__ void make_bias_tables(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
+  constexpr int kThreads = C::kThreads - 64;
+  shared.bias_tables().make(arguments.params.problem.relative, Score<T>::kArgument, C::kStages * C::kBiasStageBytes,
+                            threadIdx.x - 64, kThreads, [] { ptx::named_barrier_sync(2 + C::kGroups, kThreads); });
+}
 
 template <class C, class T, bool kFolded>
 __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
@@ -404,9 +380,18 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
       FwdLoader<C, T>{arguments, shared, {}}.run();
     } else if (warp == 1) {
       find_items(arguments, shared);
+    } else if constexpr (C::kPreparers > 0) {
+      make_bias_tables(arguments, shared);
+      BiasPreparer<C, T> preparer(arguments, shared);
+      if (warp == 2) {
+        preparer.take_notes();
+      } else {
+        preparer.fill_stages();
+      }
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
+    if constexpr (C::kPreparers > 0) make_bias_tables(arguments, shared);
     FwdComputer<C, T, kFolded>{arguments, shared}.run();
   }
 }
@@ -441,14 +426,19 @@ Status launch(const FwdArguments& arguments, unsigned blocks, unsigned cluster, 
   return {};
 }
 
-template <class T, int kDim>
-Status attention_fwd(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
-  using C = FwdConfig<kDim>;
+template <class T, class C>
+Status launch_problem(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   const int parts = key_parts<C>(a, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
   const bool shared_out = workspace && parts == 1 && items > processors;
-  FwdArguments arguments{{}, {}, {}, params, query_schedule(a), Tickets(shared_out ? workspace : nullptr)};
+  FwdArguments arguments{{},
+                         {},
+                         {},
+                         params,
+                         query_schedule(a),
+                         Tickets(shared_out ? workspace : nullptr),
+                         static_cast<float>(a.alpha) * Score<T>::kArgument};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
@@ -457,12 +447,24 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, int proc
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
   const unsigned blocks = static_cast<unsigned>(shared_out ? processors : items * parts);
   // Half the range of bfloat16 is left to the products of Q scaled; float16 would lose small numbers.
-  if constexpr (C::kQueryRegisters && std::is_same_v<T, __nv_bfloat16>) {
+  if constexpr (C::kQueryRegisters && std::is_same_v<T, __nv_bfloat16> && std::is_same_v<typename C::Bias, NoBias>) {
     int exponent;
     if (std::frexp(a.alpha, &exponent) == 0.5 && exponent > -32 && exponent < 32)
       return launch<C, attention_fwd_kernel<C, T, true>>(arguments, blocks, parts, stream);
   }
   return launch<C, attention_fwd_kernel<C, T, false>>(arguments, blocks, parts, stream);
+}
+
+template <class T, int kDim>
+Status attention_fwd(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
+  return launch_problem<T, FwdPlan<FwdConfig<kDim>, NoBias>>(params, workspace, processors, stream);
+}
+
+template <class T, int kDim>
+Status attention_fwd_biased(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
+  if (params.problem.dense.data)
+    return launch_problem<T, FwdPlan<FwdConfig<kDim>, DenseBias>>(params, workspace, processors, stream);
+  return launch_problem<T, FwdPlan<FwdConfig<kDim>, RelativeBias>>(params, workspace, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -77,6 +77,7 @@ struct FwdItem {
   int first;                          // query of the first row, a multiple of 64, negative in front of the sequence
   bool more;                          // false: the block is done
   GroupTiles groups[C::kGroups + 1];  // the last: of all of them
+  int times[C::kTimeRows];            // low words of the times of the queries, where a bias needs them
 
   __device__ const TileSpans& tiles() const { return groups[C::kGroups].kept; }
 

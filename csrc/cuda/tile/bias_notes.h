@@ -12,14 +12,17 @@ struct BiasNote {
   static constexpr int kFirstBits = 20;
   static constexpr int kMostSteps = 6;  // beyond, looking up each element takes less than as many comparisons
   static constexpr int kMany = 255;
+  static constexpr unsigned kElementwise = 1u << 29;
 
   unsigned code;
 
   __device__ int first() const { return static_cast<int>(code & ((1u << kFirstBits) - 1)); }
   // Boundaries between the smallest and the largest bucket; kMany: more than kMostSteps, or the corners do not tell.
   __device__ int steps() const { return static_cast<int>(code >> kFirstBits & 255); }
-  __device__ bool diagonal() const { return code >> 28 & 1; }     // see PositionTerm::diagonal
-  __device__ bool elementwise() const { return code >> 29 & 1; }  // the position term is there but not diagonal
+  __device__ bool diagonal() const { return code >> 28 & 1; }  // see PositionTerm::diagonal
+  __device__ bool elementwise() const {
+    return (code & kElementwise) != 0;
+  }  // the position term is there but not diagonal
 };
 
 // One warp's notes, in shared memory: registers are scarcer.
@@ -46,8 +49,9 @@ class BiasNotes {
     (kTransposed ? at.query : at.key) += shift;
     unsigned code = 0;
     if (position.weight)
-      code =
-          position.diagonal(mask, at, kTransposed ? kCols : kRows, kTransposed ? kRows : kCols) ? 1u << 28 : 1u << 29;
+      code = position.diagonal(mask, at, kTransposed ? kCols : kRows, kTransposed ? kRows : kCols)
+                 ? 1u << 28
+                 : BiasNote::kElementwise;
     if (time.weight) {
       const BucketRange range = time.template corners<kTransposed, kRows, kCols>(at.query, at.key);
       const int steps = range.last - range.first;

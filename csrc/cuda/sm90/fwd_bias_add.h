@@ -1,0 +1,180 @@
+// How a computing warp of the Hopper forward adds the bias to its scores, beside the product that came before. Relative
+// bias: one note and the weights of the diagonals from shared memory, and where the note says so a comparison of each
+// score with a boundary of times, or a look-up. Dense bias is read from global memory.
+#pragma once
+
+#include "cuda/sm90/fwd_bias_time.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+// Weights by logical position of rows `row` and row + 8, columns `col` and col + 1.
+__device__ __forceinline__ void find_positions(const AttentionProblem& problem, const Job& job, int row, int col,
+                                               float (&x)[4]) {
+  const PositionTerm position(problem.relative, job.item.head);
+  const int rows[2] = {job.sequence.mask.position(row), job.sequence.mask.position(row + 8)};
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int at = job.sequence.mask.position(col + c);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      x[2 * r + c] = ptx::ld_global(position.weight + position_index(rows[r], at, position.positions));
+  }
+}
+
+// Weights by time of the same, by binary search among buckets first to last, for any times.
+__device__ __forceinline__ void search(const TimeTerm& time, int row, int col, int first, int last, float (&x)[4]) {
+  int64_t gap[4];
+  int bucket[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    gap[e] = time_gap(time.query_time(row + e / 2 * 8), time.key_time(col + e % 2));
+    bucket[e] = first;
+  }
+#pragma unroll 1
+  for (int step = 1 << (31 - __clz((last - first) | 1)); step > 0; step /= 2)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (bucket[e] + step <= last && __ldg(time.boundaries + bucket[e] + step - 1) <= gap[e]) bucket[e] += step;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] = ptx::ld_global(time.weight + bucket[e]);
+}
+
+// The terms that a tile's note has no shortcut for. Half of the scores at a time wait in 2 KB of shared memory, so that
+// the loop is rolled and finds registers.
+template <class C>
+__device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, const Job& job, const WarpNote& warp,
+                                               const BiasTile& at, float argument, Accumulator<1, 8>& s) {
+  const Lane lane;
+  const uint32_t slot = at.scratch + lane.id * 16;
+  const int row = at.row + lane.row();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float(&x)[8][4] = s.x[0];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) ptx::st_shared(slot + n * 512, *reinterpret_cast<const float4*>(x[half * 4 + n]));
+#pragma unroll 1
+    for (int n = 0; n < 4; ++n) {
+      const int col = half * 32 + n * 8 + lane.col();
+      const auto add = [&](const float(&b)[4]) {
+        const float4 y = ptx::ld_shared_v4(slot + n * 512);
+        ptx::st_shared(slot + n * 512, make_float4(fmaf(argument, b[0], y.x), fmaf(argument, b[1], y.y),
+                                                   fmaf(argument, b[2], y.z), fmaf(argument, b[3], y.w)));
+      };
+      float b[4];
+      if (warp.note.elementwise()) {
+        find_positions(problem, job, row, at.col + col, b);
+        add(b);
+      }
+      if (!warp.many() || warp.cells()) continue;
+      const TimeTerm time(problem.relative, job.sequence, job.item.head, nullptr);
+      search(time, row, at.col + col, warp.note.first(), warp.note.first() + warp.word, b);
+      add(b);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float4 y = ptx::ld_shared_v4(slot + n * 512);
+      x[half * 4 + n][0] = y.x, x[half * 4 + n][1] = y.y, x[half * 4 + n][2] = y.z, x[half * 4 + n][3] = y.w;
+    }
+  }
+}
+
+// The bias of one tile of a warp: made before the wait for the scores, for what it can load until then. add() makes
+// u = argument * (alpha s + bias) of them; alpha comes multiplied by the argument.
+template <class C, class Bias = typename C::Bias>
+struct TileBias;
+
+template <class C>
+struct TileBias<C, NoBias> {
+  __device__ TileBias(uint32_t, BiasTables<C>, const BiasTile&) {}
+};
+
+template <class C>
+struct TileBias<C, DenseBias> {
+  __device__ TileBias(uint32_t, BiasTables<C>, const BiasTile&) {}
+
+  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
+                                      float argument, Accumulator<1, 8>& s) const {
+    const Lane lane;
+    const DenseBias bias(problem, job, nullptr);
+    const int row = at.row + lane.row(), col = at.col + lane.col();
+    const float* low = bias.data + row * bias.row_stride + col;
+    const float* high = low + 8 * bias.row_stride;
+    const int columns = bias.size - col;
+    const bool inside[2] = {row >= 0 && row < bias.size, row + 8 >= 0 && row + 8 < bias.size};
+    constexpr int kBatch = C::kDim == 128 ? 4 : 8;  // values in flight: registers are scarce
+#pragma unroll
+    for (int first = 0; first < 32; first += kBatch) {
+      float b[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int n = (first + i) / 4, e = (first + i) % 4, j = n * 8 + e % 2;
+        b[i] = inside[e / 2] && j < columns ? ptx::ld_global((e / 2 ? high : low) + j) : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        float& x = s.x[0][(first + i) / 4][(first + i) % 4];
+        x = fmaf(x, alpha, argument * b[i]);
+      }
+    }
+  }
+};
+
+template <class C>
+struct TileBias<C, RelativeBias> {
+  static constexpr bool kEarly = C::kDim != 128;  // are there registers to load weights before the wait?
+
+  BiasStage<C> stage;
+  BiasTables<C> tables;
+  WarpNote warp;
+  uint32_t weights;
+  float2 diagonals[9];
+
+  __device__ __forceinline__ TileBias(uint32_t base, BiasTables<C> tables, const BiasTile& at)
+      : stage(base), tables(tables), warp(WarpNote::load(stage.note(at.warp))) {
+    const int entry = lane_col() - lane_row() - at.warp * 16 + C::kRows - 1;
+    weights = warp.note.elementwise() ? tables.zeros() : stage.weights(entry);
+    if constexpr (kEarly) load();
+  }
+
+  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
+                                      float argument, Accumulator<1, 8>& s) {
+    if constexpr (!kEarly) load();
+    const float shift = warp.weight();
+#pragma unroll
+    for (int d = -1; d < 8; ++d) {
+      const float2 w =
+          make_float2(fmaf(argument, diagonals[d + 1].x, shift), fmaf(argument, diagonals[d + 1].y, shift));
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (d + r < 8 && d + r >= 0) {
+          float* x = &s.x[0][d + r][r * 2];
+          x[0] = fmaf(x[0], alpha, w.x);
+          x[1] = fmaf(x[1], alpha, w.y);
+        }
+    }
+    const BiasNote& note = warp.note;
+    if (note.code >> BiasNote::kFirstBits == 0) return;
+    if (note.elementwise() || (warp.many() && !warp.cells())) add_one_by_one<C>(problem, job, warp, at, argument, s);
+    if (warp.step()) {
+      const Lane lane;
+      const int left = ptx::ld_shared_int(stage.time(0));
+      const int low = minus(at.times[lane.row()], left) - warp.boundary,
+                high = minus(at.times[lane.row() + 8], left) - warp.boundary;
+      add_step(stage, low, high, left, warp.change, s);
+    } else if (warp.one_octave()) {
+      look_up<true>(stage, tables.cells(), warp.octave(), at.times, s);
+    } else if (warp.cells()) {
+      look_up<false>(stage, tables.cells(), {}, at.times, s);
+    } else if (note.steps() > 0 && !warp.many()) {
+      add_steps(TimeTerm(problem.relative, job.sequence, job.item.head, nullptr), stage, at, note, argument, s);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int d = 0; d < 9; ++d) diagonals[d] = ptx::ld_shared_v2(weights + (d - 1) * 32);
+  }
+};
+
+}  // namespace hstu_ops::cuda::sm90

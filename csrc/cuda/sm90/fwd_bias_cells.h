@@ -1,0 +1,115 @@
+// The bucket of a gap of time in one look-up, and its weight. Gaps of 32 bits are cut into octaves [2^e, 2^(e + 1)) and
+// those into cells of equal width, narrow enough that a cell holds at most one boundary. A cell keeps that boundary and
+// the weight of its first gap; the weight beyond the boundary is that of the next cell.
+//
+// Octaves whose boundaries are too close for the room there is are crowded: their gaps must be searched for.
+#pragma once
+
+#include "cuda/ptx/memory.h"
+#include "cuda/tile/time_buckets.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+// An octave: gap `gap` is in cell (gap >> shift) + first.
+struct Octave {
+  int shift, first;
+};
+
+template <int kCells_>
+class BiasCells {
+ public:
+  static constexpr int kCells = kCells_;
+  static constexpr int kGaps = 1 << 30;  // gaps below are looked up; from here on they are searched for
+
+  __device__ explicit BiasCells(uint32_t base) : base_(base) {}
+
+  // Octave 0 holds all gaps below 1, octave e + 1 those from 2^e on.
+  __device__ static __forceinline__ int octave_of(int gap) {
+    return max_int((__float_as_int(__int2float_rz(gap)) >> 23) - 126, 0);
+  }
+  __device__ __forceinline__ Octave octave(int o) const {
+    const int2 x = ptx::ld_shared_int_v2(base_ + o * 8);
+    return {x.x, x.y};
+  }
+  // Bit o: octave o is crowded.
+  __device__ unsigned crowded() const { return static_cast<unsigned>(ptx::ld_shared_int(base_ + kCrowded)); }
+
+  // Where a cell's boundary is; kWeight bytes on is the weight of its first gap, and 4 more on that of the next cell.
+  __device__ __forceinline__ uint32_t cell(int gap, const Octave& o) const {
+    return base_ + kBoundaries + ((gap >> o.shift) + o.first) * 4;
+  }
+  static constexpr int kWeight = (kCells + 4) * 4;
+
+  // All of it, by `threads` threads that meet in sync(). Weights are multiplied by `argument`.
+  template <class Sync>
+  __device__ void make(const TimeTerm& time, float argument, int thread, int threads, const Sync& sync) const {
+    if (thread <= kOctaves) ptx::st_shared(base_ + thread * 8, make_int2(max_int(thread - 1, 0), 0));
+    if (thread == 0) ptx::st_shared(base_ + kCrowded, 0u);
+    for (int c = thread; c < kCells; c += threads) ptx::st_shared(base_ + kBoundaries + c * 4, INT32_MAX + 0u);
+    sync();
+    for (int k = thread; k + 1 < time.count; k += threads)
+      narrow(__ldg(time.boundaries + k), __ldg(time.boundaries + k + 1));
+    sync();
+    if (thread == 0) place();
+    sync();
+    fill(time, argument, thread, threads);
+    sync();
+  }
+
+  // Weights alone, of another table; boundaries are written again.
+  __device__ void fill(const TimeTerm& time, float argument, int thread, int threads) const {
+    const int end = octave(kOctaves).first;
+    for (int k = thread; k <= time.count; k += threads) {
+      const int64_t from = k > 0 ? __ldg(time.boundaries + k - 1) : INT64_MIN;
+      const int64_t to = k < time.count ? __ldg(time.boundaries + k) : INT64_MAX;
+      const int first = k > 0 ? index(from, end) + 1 : 0, last = index(to, end);
+      const uint32_t weight = __float_as_uint(argument * __ldg(time.weight + k));
+      for (int c = first; c <= last; ++c) ptx::st_shared(base_ + kBoundaries + kWeight + c * 4, weight);
+      if (k == time.count || last == end) continue;
+      if (first > last) {
+        ptx::red_shared_or(base_ + kCrowded, 1u << octave_of(static_cast<int>(max(to, int64_t{0}))));
+      } else {
+        ptx::st_shared(base_ + kBoundaries + last * 4, static_cast<uint32_t>(to < INT32_MIN ? INT32_MIN : to));
+      }
+    }
+  }
+
+ private:
+  static constexpr int kOctaves = 31;  // below kGaps; one more entry says where the cells end
+  static constexpr int kCrowded = (kOctaves + 1) * 8, kBoundaries = kCrowded + 8;
+  static constexpr int kMostCells = 1024;  // of an octave
+
+ public:
+  static constexpr int kBytes = (kBoundaries + 2 * kWeight + 127) / 128 * 128;
+
+ private:
+  // Cells of the octave of two neighbouring boundaries are no wider than their distance.
+  __device__ __forceinline__ void narrow(int64_t a, int64_t b) const {
+    if (a < 1 || b >= kGaps) return;
+    const int low = static_cast<int>(a), high = static_cast<int>(b), o = octave_of(low);
+    if (o == octave_of(high)) ptx::red_shared_min(base_ + o * 8, max_int(31 - __clz(high - low), 0));
+  }
+  // Gives octaves their cells, in order, by one thread; each has at least one.
+  __device__ __forceinline__ void place() const {
+    int used = 2;  // of octave 0: negative gaps, and 0
+    ptx::st_shared(base_, make_int2(31, 1));
+    for (int o = 1; o < kOctaves; ++o) {
+      const int room = min_int(kMostCells, kCells - used - (kOctaves - 1 - o));
+      const int cells_bits = min_int(o - 1 - octave(o).shift, 31 - __clz(room)), shift = o - 1 - cells_bits;
+      ptx::st_shared(base_ + o * 8, make_int2(shift, used - (1 << cells_bits)));
+      used += 1 << cells_bits;
+    }
+    ptx::st_shared(base_ + kOctaves * 8, make_int2(0, used));
+  }
+  // Cell of a boundary; `end` for those that no gap looked up reaches.
+  __device__ __forceinline__ int index(int64_t boundary, int end) const {
+    if (boundary >= kGaps) return end;
+    const int gap = static_cast<int>(max(boundary, int64_t{-1}));
+    const Octave o = octave(octave_of(gap));
+    return (gap >> o.shift) + o.first;
+  }
+
+  uint32_t base_;
+};
+
+}  // namespace hstu_ops::cuda::sm90

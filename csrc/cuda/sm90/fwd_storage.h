@@ -1,0 +1,88 @@
+// What the roles of the Hopper forward share: arguments, barriers and the plan of shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "core/launch.h"
+#include "cuda/ptx/tma.h"
+#include "cuda/sm90/config.h"
+#include "cuda/sm90/fwd_bias.h"
+#include "cuda/sm90/fwd_items.h"
+#include "cuda/sm90/tickets.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+struct FwdArguments {
+  CUtensorMap q, k, v;
+  AttentionFwdParams params;
+  Schedule schedule;
+  Tickets tickets;
+  float alpha;  // times the argument of SiLU
+};
+
+constexpr int kBiasWarps = 2;  // of the loading warpgroup, which prepare relative bias
+
+constexpr int kItems = 3;  // the item in work and the next two: a longer queue would leave blocks idle at the end
+
+// Shape and Bias, one of tile/bias.h.
+template <class Shape, class Bias_>
+struct FwdPlan : Shape {
+  using Bias = Bias_;
+  static constexpr int kPreparers = std::is_same_v<Bias, RelativeBias> ? kBiasWarps : 0;
+  static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Shape>::kBytes : 0;
+  static constexpr int kBiasBytes =
+      kPreparers ? BiasTables<Shape>::kBytes + Shape::kStages * kBiasStageBytes + NoteQueue<Shape>::kBytes : 0;
+  static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes;
+  static constexpr int kTimeRows = kPreparers ? Shape::kRows : 1;  // of an item, whose times it keeps
+  static_assert(kSharedBytes + 2048 + kItems * kTimeRows * 4 <= kSharedMemory, "barriers and items take 2 KB");
+};
+
+template <class C>
+struct FwdBarriers {
+  ptx::Mbarrier item_full[kItems], item_empty[kItems], query_full, query_empty;
+  ptx::Mbarrier notes_full[2], notes_empty[2];
+  ptx::Mbarrier key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
+
+  __device__ void init() {
+    for (ptx::Mbarrier& b : item_full) b.init(1);
+    for (ptx::Mbarrier& b : item_empty) b.init(C::kGroups + 1 + C::kPreparers);
+    for (int i = 0; i < 2; ++i) notes_full[i].init(1), notes_empty[i].init(1);
+    query_full.init(1), query_empty.init(C::kGroups);
+    for (int i = 0; i < C::kStages; ++i) {
+      key_full[i].init(C::kPreparers ? 2 + 32 : 1), value_full[i].init(1);
+      key_empty[i].init(C::kGroups), value_empty[i].init(C::kGroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// What all roles see of shared memory.
+template <class C, class T>
+struct FwdStorage {
+  using Panel = SmemTile<T, kPanel>;  // its swizzle is the copy engine's
+
+  FwdBarriers<C>& barrier;
+  FwdItem<C> (&items)[kItems];
+  uint32_t queries, keys, values, staging, bias;
+
+  __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
+      : barrier(barrier), items(items) {
+    queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
+    keys = queries + C::kQueryBytes;
+    values = keys + C::kStages * C::kKeyBytes;
+    staging = values + C::kStages * C::kKeyBytes;
+    bias = staging + C::kRows * 128;
+  }
+  __device__ BiasTables<C> bias_tables() const { return {bias}; }
+  __device__ uint32_t bias_stage(int stage) const { return bias + BiasTables<C>::kBytes + stage * C::kBiasStageBytes; }
+  __device__ NoteQueue<C> notes() const { return {bias_stage(C::kStages)}; }
+  __device__ Panel query_panel(int panel) const { return {queries + panel * C::kRows * 128}; }
+  __device__ Panel key_panel(int stage, int panel) const {
+    return {keys + stage * C::kKeyBytes + panel * C::kCols * 128};
+  }
+  __device__ Panel value_panel(int stage, int panel) const {
+    return {values + stage * C::kKeyBytes + panel * C::kCols * 128};
+  }
+};
+
+}  // namespace hstu_ops::cuda::sm90
