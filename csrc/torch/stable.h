@@ -75,7 +75,8 @@ class Tensor {  // owns one reference
 
   // Uninitialised and contiguous.
   static Tensor empty(const Shape& sizes, int32_t dtype, Device device) {
-    int64_t strides[Shape::kMost];
+    if (sizes.dim() > Shape::kMost) throw std::logic_error("hstu_ops: a result of more dimensions than any has");
+    int64_t strides[Shape::kMost] = {};
     int64_t stride = 1;
     for (int64_t i = sizes.dim(); i-- > 0;) {
       strides[i] = stride;
