@@ -158,7 +158,6 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
   std::string refusal = sm90_refusal(a, processors);
   if (refusal.empty() && has_bias(a)) refusal = "it takes no bias";
-  if (refusal.empty() && params.deterministic) refusal = "its sums have no fixed order";
   if (refusal.empty() && !sm90::has_tensor_map(params.grad_out, a.dim_v, a.jagged.total_q))
     refusal = "it takes a gradient of the output whose rows start on 16 bytes";
   return refusal;
@@ -189,7 +188,7 @@ size_t attention_fwd_workspace(const AttentionFwdParams& params) {
 size_t attention_bwd_workspace(const AttentionBwdParams& params) {
   const int dim = padded_dim(params.problem);
   const size_t portable = BwdWorkspace::plan(params, dim, kFewestQueries, nullptr).bytes;
-  const size_t hopper = sm90::BwdScratch(params.problem, dim > 64 ? dim : 64, nullptr).bytes;
+  const size_t hopper = sm90::BwdScratch(params, dim > 64 ? dim : 64, nullptr).bytes;
   return portable > hopper ? portable : hopper;
 }
 

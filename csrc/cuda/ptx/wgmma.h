@@ -24,14 +24,12 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
 #pragma unroll
-  for (float& x : d) asm volatile("" : "+f"(x)::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 #pragma unroll
-  for (auto& step : a)
-#pragma unroll
-    for (uint32_t& x : step) asm volatile("" : "+r"(x)::"memory");
+  for (int i = 0; i < kCount * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
 // Where an operand starts. 16-byte units, eight-row groups 1024 bytes apart; panels start on 1024 bytes.

@@ -11,39 +11,38 @@ namespace hstu_ops::cuda::sm90 {
 //   otherwise    (dK and dV of 64 keys are more than a warpgroup can hold) both have all 64 keys, the first one P and
 //                dV, the second one dS and dK
 //
-// For dQ, each has 64 of the queries or, of 64 queries, half of the columns. One more warpgroup feeds them.
-template <int kDim_, bool kSplitKeys_, int kQueries_, int kKeyStages_, int kValueStages_, int kQueryStages_,
-          int kGradStages_, bool kEarlySums_>
+// Where kQuerySums, they find dQ, too, which is added up in global memory: each has 64 of the queries or, of 64
+// queries, half of the columns. One more warpgroup feeds them.
+template <int kDim_, bool kQuerySums_, int kQueries_, int kKeyStages_, int kValueStages_, int kQueryStages_,
+          int kGradStages_>
 struct BwdShape {
   static constexpr int kDim = kDim_, kQueries = kQueries_;
-  static constexpr bool kSplitKeys = kSplitKeys_;
+  static constexpr bool kQuerySums = kQuerySums_, kSplitKeys = kDim <= 128;
   static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1), kKeys = kSplitKeys ? 128 : 64;
   static constexpr int kKeyStages = kKeyStages_, kValueStages = kValueStages_;    // items
   static constexpr int kQueryStages = kQueryStages_, kGradStages = kGradStages_;  // tiles of queries and of dO
-  static constexpr bool kEarlySums = kEarlySums_;  // dQ runs beside the scores' arithmetic; takes more registers
   static constexpr int kPanels = kDim / kPanel, kKeyBytes = kKeys * kDim * 2, kQueryBytes = kQueries * kDim * 2;
 
-  static constexpr int kScoreStages = 2, kScoreBytes = kKeys * kQueries * 2;  // dS
+  static constexpr int kScoreStages = 2, kScoreBytes = kQuerySums ? kKeys * kQueries * 2 : 0;  // dS
   static constexpr int kSlopeStages = kSplitKeys ? 0 : 2, kSlopeBytes = kKeys * kQueries * 2;
   static constexpr bool kSplitQueries = kQueries == 128;
-  static constexpr int kSumParts = kSplitQueries ? 1 : kDim / kPanel / kGroups;  // 64 columns of dQ each, a warpgroup
-  static constexpr int kSumBytes = 64 * kPanel * 4;                              // of dQ on its way out, a warpgroup
+  static constexpr int kSumBytes = kQuerySums ? 64 * kPanel * 4 : 0;  // of dQ on its way out, a warpgroup
   static constexpr int kSharedBytes = (kKeyStages + kValueStages) * kKeyBytes +
                                       (kQueryStages + kGradStages) * kQueryBytes + kScoreStages * kScoreBytes +
                                       kSlopeStages * kSlopeBytes + kGroups * kSumBytes + 1024;
   static constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
   static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(kQueries == 64 || kQueries == 128, "one or two panels of dS");
-  static_assert(!kSplitQueries || kDim == kPanel, "64 columns of dQ a warpgroup at a time");
+  static_assert(!kQuerySums || kDim == (kSplitQueries ? kPanel : 2 * kPanel), "64 columns of dQ a warpgroup");
 };
 
-template <int kDim>
+template <int kDim, bool kQuerySums>
 struct BwdConfig;
+template <bool kQuerySums>
+struct BwdConfig<64, kQuerySums> : BwdShape<64, kQuerySums, 128, 2, 2, 2, 2> {};
+template <bool kQuerySums>
+struct BwdConfig<128, kQuerySums> : BwdShape<128, kQuerySums, 64, 2, 1, 2, 2> {};
 template <>
-struct BwdConfig<64> : BwdShape<64, true, 128, 2, 2, 2, 2, false> {};
-template <>
-struct BwdConfig<128> : BwdShape<128, true, 64, 2, 1, 2, 2, false> {};
-template <>
-struct BwdConfig<256> : BwdShape<256, false, 64, 1, 1, 2, 1, false> {};
+struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
 
 }  // namespace hstu_ops::cuda::sm90

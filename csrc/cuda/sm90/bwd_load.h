@@ -5,6 +5,7 @@
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_storage.h"
 #include "cuda/sm90/ring.h"
+#include "cuda/sm90/tickets.h"
 #include "cuda/tile/schedule.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -13,8 +14,9 @@ struct BwdArguments {
   CUtensorMap q, k, v, grad_out;
   AttentionBwdParams params;
   Schedule schedule;
-  unsigned* ticket;  // of the next item: whoever is done first takes it, since items differ in length
-  float* sums;       // of dQ: see bwd_sums.h
+  Tickets tickets;     // of items: whoever is done first takes the next, since items differ in length
+  float* sums;         // of dQ: see bwd_sums.h
+  float alpha, scale;  // alpha: as much of it as scores take, and as dQ and dK take
 };
 
 // ---- the finding warp ----
@@ -23,14 +25,13 @@ template <class C, class T>
 __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
   const AttentionProblem& problem = arguments.params.problem;
   Gate<kBwdJobs>& gate = shared.state.barrier.job;
+  bool first = true, more = true;
 #pragma unroll 1
-  for (Count found;; found.next()) {
+  for (Count found; more; found.next()) {
     BwdJob& job = shared.state.jobs[found.stage<kBwdJobs>()];
     gate.empty[found.stage<kBwdJobs>()].wait(found.round<kBwdJobs>() ^ 1);
-    unsigned ticket = 0;
-    if (lane_id() == 0) ticket = atomicAdd(arguments.ticket, 1u);
-    const WorkItem item = find_work_inline<C::kKeys, true>(arguments.schedule, __shfl_sync(~0u, ticket, 0));
-    const bool more = item.block >= 0;
+    const WorkItem item = find_work_inline<C::kKeys, true>(arguments.schedule, arguments.tickets.take(first));
+    first = false, more = item.block >= 0;
     if (lane_id() == 0) {
       job.more = more;
       if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
@@ -45,8 +46,8 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
     }
     __syncwarp();
     if (lane_id() == 0) gate.full[found.stage<kBwdJobs>()].arrive();
-    if (!more) return;
   }
+  if (lane_id() == 0) arguments.tickets.close();
 }
 
 // ---- the loading warp ----

@@ -1,4 +1,4 @@
-// The Hopper backward's scratch memory, all of it zero when the kernel starts.
+// The Hopper backward's scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -7,17 +7,27 @@
 
 namespace hstu_ops::cuda::sm90 {
 
+// Is dQ added up in global memory, or found by a kernel of its own? Beyond 128 dimensions a block has room for 64 keys
+// only, so that sums of dQ are more than an L2 can add; and sums have no order.
+constexpr bool bwd_sums_queries(int padded_dim, bool deterministic) { return padded_dim <= 128 && !deterministic; }
+
 struct BwdScratch {
-  unsigned* ticket;  // next work item
-  float* sums;       // [heads][padded dim / 64][total_q][64] of dQ: see bwd_sums.h
-  size_t bytes;
+  void *key_tickets, *query_tickets;  // see tickets.h
+  float* sums;                        // [heads][padded dim / 64][total_q][64] of dQ, or none: see bwd_sums.h
+  size_t sum_bytes, bytes;
 
   // `memory` may be null when only the size matters.
-  BwdScratch(const AttentionProblem& a, int padded_dim, void* memory) {
+  BwdScratch(const AttentionBwdParams& p, int padded_dim, void* memory) {
     constexpr size_t kHeader = 256;
-    ticket = static_cast<unsigned*>(memory);
-    sums = memory ? reinterpret_cast<float*>(static_cast<char*>(memory) + kHeader) : nullptr;
-    bytes = kHeader + static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float);
+    const AttentionProblem& a = p.problem;
+    char* at = static_cast<char*>(memory);
+    key_tickets = at;
+    query_tickets = at ? at + kHeader / 2 : nullptr;
+    sums = at ? reinterpret_cast<float*>(at + kHeader) : nullptr;
+    sum_bytes = bwd_sums_queries(padded_dim, p.deterministic)
+                    ? static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)
+                    : 0;
+    bytes = kHeader + sum_bytes;
   }
 };
 

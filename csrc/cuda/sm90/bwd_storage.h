@@ -9,22 +9,13 @@
 //   sum_full    each warp of the warpgroup     sum_empty    the lane that adds to global memory
 #pragma once
 
-#include "cuda/ptx/mbarrier.h"
 #include "cuda/sm90/bwd_config.h"
 #include "cuda/sm90/bwd_items.h"
+#include "cuda/sm90/gate.h"
 
 namespace hstu_ops::cuda::sm90 {
 
 constexpr int kBwdJobs = 2;  // an item and the next: taking more ahead would leave others idle in the end
-
-template <int kStages>
-struct Gate {
-  ptx::Mbarrier full[kStages], empty[kStages];
-
-  __device__ void init(int fills, int empties) {
-    for (int i = 0; i < kStages; ++i) full[i].init(fills), empty[i].init(empties);
-  }
-};
 
 template <class C>
 struct BwdBarriers {

@@ -13,10 +13,10 @@ __device__ __forceinline__ void swap_halves(uint32_t& low, uint32_t& high, int b
   (set ? low : high) = take;
 }
 
-// A warp's 16 rows, times factor, to rows from `row` on that are below `rows`.
+// A warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from `row` on that exist.
 template <class T, int kDim>
 __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
-                                           float factor) {
+                                           const float (&factors)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int at = row + h * 8 + lane_row();
@@ -26,14 +26,14 @@ __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = sums + (block * 4 + i) * 4 + 2 * h;
-        x[i] = pack(pair[0] * factor, pair[1] * factor, T{});
+        x[i] = pack(pair[0] * factors[h], pair[1] * factors[h], T{});
       }
       swap_halves(x[0], x[2], 2);
       swap_halves(x[1], x[3], 2);
       swap_halves(x[0], x[1], 1);
       swap_halves(x[2], x[3], 1);
       const int col = block * 32 + lane_id() % 4 * 8;
-      if (at >= rows || col >= to.dim) continue;
+      if (!exists(at, rows) || col >= to.dim) continue;
       T* target = to.data + at * to.row_stride + col;
       const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);
       if (to.aligned && col + 8 <= to.dim) {

@@ -1,0 +1,394 @@
+// dQ of the Hopper backward where it is not summed in global memory: a kernel of its own, which computes the scores
+// again and adds in a fixed order.
+//
+// A block of threads stays on its SM and takes item after item (kRows queries of one head, whose dQ stays in registers)
+// and walks tiles of keys; scores are not transposed, so that dS is the left operand of dQ += dS K without leaving the
+// registers:
+//
+//   find     | item i + 1          (while item i is computed)
+//   load     | Q dO K0 V0 | K1 V1 | K2 V2 ...             (the next item already while this one is computed)
+//   compute  |  S0 = Q K0^T, dP0 = dO V0^T |     | dQ += dS0 K0, S1, dP1 |     | dQ += dS1 K1, S2, dP2 | ...
+//            |                             | dS0 |                       | dS1 |        (the other warpgroup's
+//            products)
+//
+// Barriers, each with the arrivals that complete it:
+//
+//   item_full    the finding warp              item_empty   each computing warpgroup, and the loading warp
+//   query_full   the loading lane, the bytes   query_empty  each computing warpgroup, after its last use of Q and dO
+//   key.full     the loading lane, the bytes   key.empty    each computing warpgroup; value likewise
+#pragma once
+
+#include "cuda/ptx/named_barrier.h"
+#include "cuda/ptx/tma.h"
+#include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/bwd_queries_config.h"
+#include "cuda/sm90/bwd_store.h"
+#include "cuda/sm90/fwd_items.h"
+#include "cuda/sm90/gate.h"
+#include "cuda/sm90/ring.h"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tickets.h"
+#include "cuda/tile/score.h"
+#include "cuda/tile/walk.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+struct BwdQueriesArguments {
+  CUtensorMap q, k, v, grad_out;
+  AttentionBwdParams params;
+  Schedule schedule;
+  Tickets tickets;
+};
+
+constexpr int kBwdQueriesItems = 3;  // the item in work and the next two
+
+template <class C>
+struct BwdQueriesState {
+  Gate<kBwdQueriesItems> item;
+  Gate<1> query;
+  Gate<C::kKeyStages> key;
+  Gate<C::kValueStages> value;
+  FwdItem<C> items[kBwdQueriesItems];
+
+  __device__ void init() {
+    item.init(1, C::kGroups + 1);
+    query.init(1, C::kGroups), key.init(1, C::kGroups), value.init(1, C::kGroups);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+template <class C, class T>
+struct BwdQueriesStorage {
+  BwdQueriesState<C>& state;
+  uint32_t queries, grads, keys, values;
+
+  __device__ BwdQueriesStorage(BwdQueriesState<C>& state, const unsigned char* memory) : state(state) {
+    queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
+    grads = queries + C::kQueryBytes;
+    keys = grads + C::kQueryBytes;
+    values = keys + C::kKeyStages * C::kKeyBytes;
+  }
+  __device__ uint32_t key(Count at) const { return keys + at.stage<C::kKeyStages>() * C::kKeyBytes; }
+  __device__ uint32_t value(Count at) const { return values + at.stage<C::kValueStages>() * C::kKeyBytes; }
+};
+
+// ---- the finding warp ----
+
+template <class C, class T>
+__device__ void find_query_items(const BwdQueriesArguments& arguments, const BwdQueriesStorage<C, T>& shared) {
+  const AttentionProblem& problem = arguments.params.problem;
+  WorkFinder<C::kRows, false> finder(arguments.schedule);
+  bool first = true, more = true;
+  for (Ring<kBwdQueriesItems> at; more; at.next()) {
+    FwdItem<C>& job = shared.state.items[at.stage];
+    shared.state.item.empty[at.stage].wait(at.round ^ 1);
+    const int64_t ticket = arguments.tickets.take(first);
+    const WorkItem item = finder.find(ticket);
+    first = false, more = item.block >= 0;
+    if (more) job.set(item, load_sequence(problem.jagged, problem.mask, item.sequence), ticket, 0, 1);
+    if (lane_id() == 0) job.more = more;
+    __syncwarp();
+    if (lane_id() == 0) shared.state.item.full[at.stage].arrive();
+  }
+  if (lane_id() == 0) arguments.tickets.close();
+}
+
+// ---- the loading warp ----
+
+template <class C, class T>
+struct BwdQueriesLoader {
+  const BwdQueriesArguments& arguments;
+  const BwdQueriesStorage<C, T>& shared;
+  Count items, tiles;  // so far
+
+  // Panels of kRows rows from `row` on; one lane asks.
+  template <int kRows>
+  __device__ void load(const CUtensorMap& map, ptx::Mbarrier& full, uint32_t to, int head, int row) const {
+    for (int p = 0; p < C::kPanels; ++p) ptx::tma_load_3d(to + p * kRows * 128, map, full, p * kPanel, head, row);
+  }
+  __device__ void load_queries(const FwdItem<C>& item) const {
+    Gate<1>& gate = shared.state.query;
+    gate.empty[0].wait(items.round<1>() ^ 1);
+    if (lane_id() != 0) return;
+    const int row = static_cast<int>(item.job.sequence.begin_q) + item.first, head = item.job.item.head;
+    gate.full[0].arrive_expect_tx(2 * C::kQueryBytes);
+    load<C::kRows>(arguments.q, gate.full[0], shared.queries, head, row);
+    load<C::kRows>(arguments.grad_out, gate.full[0], shared.grads, head, row);
+  }
+  template <int kStages>
+  __device__ void load_tile(const CUtensorMap& map, Gate<kStages>& gate, uint32_t to, int head, int row) const {
+    const int stage = tiles.stage<kStages>();
+    gate.empty[stage].wait(tiles.round<kStages>() ^ 1);
+    if (lane_id() != 0) return;
+    gate.full[stage].arrive_expect_tx(C::kKeyBytes);
+    load<C::kCols>(map, gate.full[stage], to, head, row);
+  }
+
+  __device__ void load_item(const FwdItem<C>& item) {
+    const TileSpans walk = item.tiles();
+    const int head = item.job.item.head, begin = static_cast<int>(item.job.sequence.begin_kv);
+    bool queries = false;
+    for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
+      const int row = begin + tile * C::kCols;
+      load_tile(arguments.k, shared.state.key, shared.key(tiles), head, row);
+      if (!queries) load_queries(item), queries = true;  // behind keys, which need not wait for the item before
+      load_tile(arguments.v, shared.state.value, shared.value(tiles), head, row);
+      tiles.next();
+    }
+    if (!queries) load_queries(item);
+  }
+
+  __device__ void run() {
+    for (;; items.next()) {
+      const int stage = items.stage<kBwdQueriesItems>();
+      shared.state.item.full[stage].wait(items.round<kBwdQueriesItems>());
+      const FwdItem<C>& item = shared.state.items[stage];
+      if (!item.more) return;
+      load_item(item);
+      __syncwarp();
+      if (lane_id() == 0) shared.state.item.empty[stage].arrive();
+    }
+  }
+};
+
+// ---- a computing warpgroup ----
+
+template <class C, class T>
+struct BwdQueriesComputer {
+  using Scores = float[C::kCols / 2];
+  using Sums = float[C::kDim / 2];
+  using Operand = uint32_t[C::kCols / 16][4];
+  using Tile = Accumulator<1, C::kCols / 8>;  // the scores again
+
+  const BwdQueriesArguments& arguments;
+  const BwdQueriesStorage<C, T>& shared;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
+  const float alpha = static_cast<float>(arguments.params.problem.alpha);
+  Count items, tiles;  // so far
+
+  __device__ int thread() const { return threadIdx.x % 128; }
+  __device__ int warp_row() const { return group * 64 + thread() / 32 * 16; }
+  __device__ void sync() const { ptx::named_barrier_sync(1 + group, 128); }
+  __device__ void release(ptx::Mbarrier& empty) const {
+    if (thread() == 0) empty.arrive();
+  }
+  __device__ void release_keys(Count at) const { release(shared.state.key.empty[at.stage<C::kKeyStages>()]); }
+
+  // S = Q K^T or dP = dO V^T, begun.
+  __device__ __forceinline__ void multiply_rows(Scores& s, uint32_t rows, uint32_t cols) const {
+    const ptx::Descriptor a(rows + group * 64 * 128), b(cols);
+#pragma unroll
+    for (int i = 0; i < C::kDim / 16; ++i)
+      ptx::Wgmma<C::kCols, T>::multiply_rows(s, a.at(i / 4 * C::kRows * 128 + i % 4 * 32),
+                                             b.at(i / 4 * C::kCols * 128 + i % 4 * 32), i > 0);
+  }
+  __device__ __forceinline__ void multiply_queries(Scores& s) const {
+    shared.state.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
+    ptx::wgmma_fence();
+    multiply_rows(s, shared.queries, shared.key(tiles));
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void multiply_grads(Scores& d) const {
+    shared.state.value.full[tiles.stage<C::kValueStages>()].wait(tiles.round<C::kValueStages>());
+    ptx::wgmma_fence();
+    multiply_rows(d, shared.grads, shared.value(tiles));
+    ptx::wgmma_commit();
+  }
+  // dQ += dS K, begun.
+  __device__ __forceinline__ void multiply_keys(Sums& dq, Operand& ds) const {
+    const ptx::Descriptor k(shared.key(tiles), C::kCols * 128);
+    ptx::wgmma_settle(ds);
+    ptx::wgmma_settle(dq);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::kCols / 16; ++i) ptx::Wgmma<C::kDim, T>::multiply_fragment(dq, ds[i], k.at(i * 2048));
+    ptx::wgmma_commit();
+  }
+
+  // Rows of K from `rows` on are past the end of the sequence and belong to others: 0 * NaN would be NaN. Every
+  // warpgroup writes the same zeros.
+  __device__ __forceinline__ void clear_keys(int rows) const {
+    if (rows >= C::kCols) return;
+#pragma unroll 1
+    for (int at = rows * 8 + thread(); at < C::kCols * 8; at += 128)
+#pragma unroll
+      for (int p = 0; p < C::kPanels; ++p)
+        ptx::st_shared(shared.key(tiles) + p * C::kCols * 128 + at * 16, make_uint4(0, 0, 0, 0));
+    ptx::fence_proxy_async();
+    sync();
+  }
+
+  // Which columns of a tile row `lane` of this warp keeps.
+  __device__ __forceinline__ uint64_t keep_bits(const FwdItem<C>& item, int tile) const {
+    const Sequence& s = item.job.sequence;
+    return row_bits(s.mask, s.first_row + item.first + warp_row() + lane_id(), tile * C::kCols);
+  }
+
+  // dS in dP's place; scale and half of alpha come in the end.
+  __device__ __forceinline__ void differentiate(Scores& s, Scores& d, bool covered, uint64_t keep) const {
+    Tile &u = reinterpret_cast<Tile&>(s), &g = reinterpret_cast<Tile&>(d);
+    u.each([this](float& x, int, int) { x *= alpha * Score<T>::kArgument; });
+    Score<T>::differentiate(u, g);
+    if (!covered) mask_rows(keep, g);
+  }
+  __device__ static __forceinline__ void round(const Scores& d, Operand& ds) {
+#pragma unroll
+    for (int i = 0; i < C::kCols / 16; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) ds[i][e] = pack(d[i * 8 + e * 2], d[i * 8 + e * 2 + 1], T{});
+  }
+
+  // Gives back a tile of which this warpgroup keeps nothing. No keys may be held: the loading warp would wait for them.
+  __device__ __forceinline__ void skip_tile() {
+    shared.state.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
+    shared.state.value.full[tiles.stage<C::kValueStages>()].wait(tiles.round<C::kValueStages>());
+    sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
+    release_keys(tiles);
+    release(shared.state.value.empty[tiles.stage<C::kValueStages>()]);
+    tiles.next();
+  }
+
+  // dS of the tile whose products have begun; its values are used up then and, after the last tile, Q and dO are, too.
+  // The mask is worked out while no scores take registers.
+  __device__ __forceinline__ void score(Scores& s, Scores& d, Operand& ds, bool covered, uint64_t keep,
+                                        bool last) const {
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(s);
+    ptx::wgmma_settle(d);
+    release(shared.state.value.empty[tiles.stage<C::kValueStages>()]);
+    if (last) release(shared.state.query.empty[0]);
+    differentiate(s, d, covered, keep);
+    round(d, ds);
+  }
+
+  // Tiles [tile, end), of each of which this warpgroup keeps something.
+  __device__ __forceinline__ void compute_run(const FwdItem<C>& item, const GroupTiles& groups, int tile, int end,
+                                              Sums& dq) {
+    Scores s;
+    Operand ds;
+    bool covered = groups.covers(tile);
+    uint64_t keep = covered ? 0 : keep_bits(item, tile);
+    multiply_queries(s);
+#pragma unroll 1
+    for (;; ++tile) {
+      Scores d;
+      multiply_grads(d);
+      score(s, d, ds, covered, keep, tile == groups.kept.end() - 1);
+      if (tile + 1 == end) break;
+      multiply_keys(dq, ds);
+      covered = groups.covers(tile + 1);
+      keep = covered ? 0 : keep_bits(item, tile + 1);
+      tiles.next();
+      multiply_queries(s);
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_settle(ds);
+      ptx::wgmma_settle(dq);
+      release_keys(tiles.before());
+    }
+    clear_keys(item.job.sequence.mask.len - (end - 1) * C::kCols);  // the last tile alone may end past the sequence
+    multiply_keys(dq, ds);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(dq);
+    release_keys(tiles);
+    tiles.next();
+  }
+
+  __device__ __forceinline__ void compute(const FwdItem<C>& item, Sums& dq) {
+    const TileSpans walk = item.tiles();
+    const GroupTiles& groups = item.groups[group];
+    shared.state.query.full[0].wait(items.round<1>());
+    if (groups.none()) {
+      sync();  // as in skip_tile
+      release(shared.state.query.empty[0]);
+    }
+    for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
+      if (groups.kept.has(tile)) {
+        const int end = groups.run_end(tile);
+        compute_run(item, groups, tile, end, dq);
+        tile = end - 1;
+      } else {
+        skip_tile();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const FwdItem<C>& item, const Sums& dq) const {
+    const AttentionProblem& a = arguments.params.problem;
+    const Sequence& s = item.job.sequence;
+    const RowScale scale(a.scale, item.job.item.sequence, s.begin_q);
+    const GlobalRows<T> to(arguments.params.grad_q, s.begin_q, item.job.item.head, a.dim_qk);
+    const int row = item.first + warp_row();
+    float factors[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      factors[h] = alpha * Score<T>::kSlope * scale(clamp_int(row + h * 8 + lane_row(), 0, s.num_q - 1));
+    store_rows<T, C::kDim>(to, row, s.num_q, dq, factors);
+  }
+
+  __device__ void run() {
+    for (;; items.next()) {
+      const int stage = items.stage<kBwdQueriesItems>();
+      shared.state.item.full[stage].wait(items.round<kBwdQueriesItems>());
+      const FwdItem<C>& item = shared.state.items[stage];
+      if (!item.more) return;
+      Sums dq;
+#pragma unroll
+      for (int i = 0; i < C::kDim / 2; ++i) dq[i] = 0.f;
+      compute(item, dq);
+      store(item, dq);
+      sync();  // all four warps are done with the item
+      release(shared.state.item.empty[stage]);
+    }
+  }
+};
+
+// ---- kernel and launch ----
+
+template <class C, class T>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    attention_bwd_queries_kernel(const __grid_constant__ BwdQueriesArguments arguments) {
+  extern __shared__ unsigned char memory[];
+  __shared__ BwdQueriesState<C> state;
+  const BwdQueriesStorage<C, T> shared(state, memory);
+  if (threadIdx.x == 0) {
+    state.init();
+    if (blockIdx.x == 0) arguments.tickets.open();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::set_max_registers_down<C::kLoadRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
+      BwdQueriesLoader<C, T>{arguments, shared, {}, {}}.run();
+    } else if (warp == 1) {
+      find_query_items(arguments, shared);
+    }
+  } else {
+    ptx::set_max_registers_up<C::kComputeRegisters>();
+    BwdQueriesComputer<C, T>{arguments, shared}.run();
+  }
+}
+
+// `tickets`: see tickets.h.
+template <class T, int kDim>
+Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
+  using C = BwdQueriesConfig<kDim>;
+  const AttentionProblem& a = params.problem;
+  const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
+  BwdQueriesArguments arguments{{}, {}, {}, {}, params, query_schedule(a), Tickets(tickets)};
+  const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
+    return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
+  };
+  if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk, C::kRows); !s.ok()) return s;
+  if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v, C::kRows); !s.ok()) return s;
+  if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
+  if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
+  const auto kernel = attention_bwd_queries_kernel<C, T>;
+  HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+  kernel<<<static_cast<unsigned>(items < processors ? items : processors), C::kThreads, C::kSharedBytes, stream>>>(
+      arguments);
+  HSTU_TRY(cudaGetLastError());
+  return {};
+}
+
+}  // namespace hstu_ops::cuda::sm90

@@ -1,0 +1,32 @@
+// Tile sizes of the Hopper backward's kernel for dQ by compiled head dimension, and the limits they must keep.
+#pragma once
+
+#include "cuda/sm90/config.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+// A block of threads owns kRows queries of one head, 64 for each of kGroups warpgroups, and walks tiles of kCols keys.
+// One more warpgroup feeds them.
+template <int kDim_, int kGroups_, int kKeyStages_, int kValueStages_>
+struct BwdQueriesShape {
+  static constexpr int kDim = kDim_, kGroups = kGroups_, kCols = 64;
+  static constexpr int kKeyStages = kKeyStages_, kValueStages = kValueStages_;  // tiles in flight
+  static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
+  static constexpr int kQueryBytes = kRows * kDim * 2, kKeyBytes = kCols * kDim * 2;
+  static constexpr int kSharedBytes = 2 * kQueryBytes + (kKeyStages + kValueStages) * kKeyBytes + 1024;
+  static constexpr int kLoadRegisters = 56, kComputeRegisters = kGroups == 2 ? 224 : 152;
+  static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and items take 2 KB");
+  static_assert(kGroups == 2 || kGroups == 3, "see the registers");
+};
+
+// A tile's keys serve two products, its values only the first of them: they are back long before the keys.
+template <int kDim>
+struct BwdQueriesConfig;
+template <>
+struct BwdQueriesConfig<64> : BwdQueriesShape<64, 3, 4, 3> {};
+template <>
+struct BwdQueriesConfig<128> : BwdQueriesShape<128, 2, 4, 3> {};
+template <>
+struct BwdQueriesConfig<256> : BwdQueriesShape<256, 2, 2, 1> {};
+
+}  // namespace hstu_ops::cuda::sm90
