@@ -54,9 +54,10 @@ struct BwdComputer : BwdGroup<C, T> {
     ptx::wgmma_commit();
   }
 
-  // Tile `tile` of dQ, complete, on its way out; its dS is used up.
-  __device__ __forceinline__ void put_query_sums(const Job& job, int tile, const QuerySums& dq, Count count) const {
-    const int first = tile * C::kQueries + (C::kSplitQueries ? group * 64 : 0);
+  // dQ of that tile, complete, on its way out; its dS is used up.
+  __device__ __forceinline__ void put_query_sums(const Job& job, const QuerySums& dq, Count count) const {
+    const int first = shared.state.tiles[count.before().stage<kBwdTiles>()].tile() * C::kQueries +
+                      (C::kSplitQueries ? group * 64 : 0);
     const int64_t row = job.sequence.begin_q + first;
     Gate<1>& gate = barrier().sum[group];
     gate.empty[0].wait(count.before().round<1>() ^ 1);
@@ -74,13 +75,13 @@ struct BwdComputer : BwdGroup<C, T> {
   }
 
   // dQ of the tile before `count`.
-  __device__ __forceinline__ void finish_query_sums(const Job& job, int tile, Count count) const {
+  __device__ __forceinline__ void finish_query_sums(const Job& job, Count count) const {
     if constexpr (C::kQuerySums) {
       QuerySums dq;
       multiply_keys(dq, count);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(dq);
-      put_query_sums(job, tile, dq, count);
+      put_query_sums(job, dq, count);
     }
   }
 
@@ -96,9 +97,9 @@ struct BwdComputer : BwdGroup<C, T> {
     arrive_warp(barrier().score.full[tiles.stage<C::kScoreStages>()]);
   }
 
-  // A tile of which this warpgroup keeps something; `before` is the tile whose dQ is due.
+  // A tile of which this warpgroup keeps something; kDue: dQ of the tile before it is due.
   template <bool kDue>
-  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, int before, Sums& dk, Sums& dv) {
+  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, Sums& dk, Sums& dv) {
     Operand p, ds;
     QuerySums dq;
     Bits bits;
@@ -125,7 +126,7 @@ struct BwdComputer : BwdGroup<C, T> {
     if (kDue) {
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(dq);
-      put_query_sums(job, before, dq, tiles);
+      put_query_sums(job, dq, tiles);
     }
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(dv);
@@ -154,25 +155,24 @@ struct BwdComputer : BwdGroup<C, T> {
   __device__ __forceinline__ void compute(const Job& job, Sums& dk, Sums& dv) {
     BwdTile tile = await_tile(job, tiles);
     if (tile.kept(group)) {
-      compute_tile<false>(job, tile, 0, dk, dv);
+      compute_tile<false>(job, tile, dk, dv);
     } else {
       skip_tile();
     }
     release_tile();
 #pragma unroll 1
     while (!tile.last()) {
-      const int before = tile.tile();
       tile = await_tile(job, tiles);
       if (tile.kept(group)) {
-        compute_tile<C::kQuerySums>(job, tile, before, dk, dv);
+        compute_tile<C::kQuerySums>(job, tile, dk, dv);
       } else {
         skip_tile();
-        finish_query_sums(job, before, tiles);
+        finish_query_sums(job, tiles);
       }
       release_tile();
     }
     release(barrier().value.empty[items.stage<C::kValueStages>()]);
-    finish_query_sums(job, tile.tile(), tiles);
+    finish_query_sums(job, tiles);
   }
 
   __device__ void run() {

@@ -18,7 +18,10 @@ struct BwdGroup {
   using Operand = uint32_t[C::kQueries / 16][4];
   using Sums = float[C::kDim / 2];
   using Part = Accumulator<1, 8>;  // of the tile's queries: what the mask works on at a time
-  using Bits = ColumnBits<C::kQueries / 8>;
+  struct Bits {
+    unsigned
+        words[C::kQueries / 64];  // a lane: what the warp's 16 keys have of query `lane` and, above, of the 32nd on
+  };
 
   const BwdArguments& arguments;
   const BwdStorage<C, T>& shared;
@@ -73,7 +76,7 @@ struct BwdGroup {
   // The tile that has arrived next, without rows of other sequences.
   __device__ __forceinline__ BwdTile await_tile(const Job& job, Count at) const {
     barrier().query.full[at.stage<C::kQueryStages>()].wait(at.round<C::kQueryStages>());
-    const BwdTile tile = shared.state.tiles[at.stage<C::kQueryStages>()];
+    const BwdTile tile = shared.state.tiles[at.stage<kBwdTiles>()];
     barrier().grad.full[at.stage<C::kGradStages>()].wait(at.round<C::kGradStages>());
     const int there = job.sequence.num_q - tile.tile() * C::kQueries;
     if (there < C::kQueries) {
@@ -100,12 +103,18 @@ struct BwdGroup {
   // What this warp's keys have of the tile's queries: worked out before accumulators fill the registers.
   __device__ __forceinline__ Bits keep_bits(const Job& job, BwdTile tile) const {
     const int row = job.sequence.first_row + tile.tile() * C::kQueries, col = job.item.block * C::kKeys + warp_key();
-    return Bits(job.sequence.mask, row, job.sequence.mask.len, col);
+    Bits bits;
+#pragma unroll
+    for (int i = 0; i < C::kQueries / 64; ++i) {
+      const ColumnBits<8> b(job.sequence.mask, row + i * 64, job.sequence.mask.len, col);
+      bits.words[i] = __byte_perm(b.words[0], b.words[1], 0x5410);
+    }
+    return bits;
   }
 
   __device__ static __forceinline__ ColumnBits<8> part_of(const Bits& bits, int part) {
     ColumnBits<8> b;
-    b.words[0] = bits.words[part * 2], b.words[1] = bits.words[part * 2 + 1];
+    b.words[0] = bits.words[part], b.words[1] = bits.words[part] >> 16;
     return b;
   }
 
@@ -135,12 +144,17 @@ struct BwdGroup {
 
   __device__ __forceinline__ void apply_row_scale(const Job& job, int query, Part& s, Part& d) const {
     const RowScale scale(arguments.params.problem.scale, job.item.sequence, job.sequence.begin_q);
+    float mine[2];  // of query `lane` and of the 32nd on
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = query + i * 32 + lane_id();
+      mine[i] = at < job.sequence.num_q ? scale(at) : 0.f;
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int at = query + n * 8 + lane_col() + c;
-        const float f = at < job.sequence.num_q ? scale(at) : 0.f;
+        const float f = __shfl_sync(~0u, mine[n / 4], n % 4 * 8 + lane_col() + c);
 #pragma unroll
         for (int h = 0; h < 2; ++h) s.x[0][n][2 * h + c] *= f, d.x[0][n][2 * h + c] *= f;
       }

@@ -17,6 +17,9 @@ namespace hstu_ops::cuda::sm90 {
 
 constexpr int kBwdJobs = 2;  // an item and the next: taking more ahead would leave others idle in the end
 
+// Tiles remembered: those in flight, and the one whose dQ is due.
+constexpr int kBwdTiles = 4;
+
 template <class C>
 struct BwdBarriers {
   Gate<kBwdJobs> job;
@@ -49,7 +52,7 @@ template <class C>
 struct BwdState {
   BwdBarriers<C> barrier;
   BwdJob jobs[kBwdJobs];
-  BwdTile tiles[C::kQueryStages];
+  BwdTile tiles[kBwdTiles];
   SumJob sums[C::kGroups];
 };
 
