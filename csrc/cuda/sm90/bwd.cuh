@@ -15,12 +15,14 @@
 // The first warpgroup finds, loads and adds, one warp or two each. Barriers: see bwd_storage.h.
 #pragma once
 
+#include "cuda/ptx/dependent.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/sm90/bwd_group.h"
 #include "cuda/sm90/bwd_queries.cuh"
 #include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/bwd_sums.h"
 #include "cuda/sm90/bwd_wide.h"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -217,6 +219,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
   if (threadIdx.x == 0) {
     state.barrier.init();
     if (blockIdx.x == 0) arguments.tickets.open();
+    ptx::launch_dependents();  // what follows needs nothing of this kernel before its own end
   }
   __syncthreads();
   const int group = threadIdx.x / 128;
@@ -265,13 +268,9 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
   if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v, C::kQueries); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kKeys); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kKeys); !s.ok()) return s;
-  const auto kernel = attention_bwd_kernel<C, T>;
-  HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
-  kernel<<<static_cast<unsigned>(items < processors ? items : processors), C::kThreads, C::kSharedBytes, stream>>>(
-      arguments);
-  HSTU_TRY(cudaGetLastError());
-  return {};
+  return launch<false>(attention_bwd_kernel<C, T>, arguments, items < processors ? items : processors, C::kThreads,
+                       C::kSharedBytes, stream);
 }
 
 template <class T, int kDim>

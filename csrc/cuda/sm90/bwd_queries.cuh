@@ -18,6 +18,7 @@
 //   key.full     the loading lane, the bytes   key.empty    each computing warpgroup; value likewise
 #pragma once
 
+#include "cuda/ptx/dependent.h"
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
@@ -25,6 +26,7 @@
 #include "cuda/sm90/bwd_store.h"
 #include "cuda/sm90/fwd_items.h"
 #include "cuda/sm90/gate.h"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/tickets.h"
@@ -91,6 +93,7 @@ __device__ void find_query_items(const BwdQueriesArguments& arguments, const Bwd
     if (lane_id() == 0) shared.state.item.full[at.stage].arrive();
   }
   if (lane_id() == 0) arguments.tickets.close();
+  ptx::wait_for_prerequisites();  // nothing here needs them, but whoever waits for this kernel means both
 }
 
 // ---- the loading warp ----
@@ -383,12 +386,8 @@ Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, in
   if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v, C::kRows); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
-  const auto kernel = attention_bwd_queries_kernel<C, T>;
-  HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-  kernel<<<static_cast<unsigned>(items < processors ? items : processors), C::kThreads, C::kSharedBytes, stream>>>(
-      arguments);
-  HSTU_TRY(cudaGetLastError());
-  return {};
+  return launch<true>(attention_bwd_queries_kernel<C, T>, arguments, items < processors ? items : processors,
+                      C::kThreads, C::kSharedBytes, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -7,9 +7,10 @@
 #pragma once
 
 #include "core/launch.h"
-#include "cuda/errors.h"
+#include "cuda/ptx/dependent.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_storage.h"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/tile/load.h"
 
@@ -70,6 +71,7 @@ struct SumsArguments {
 // A thread takes 16 columns of a row.
 template <class T>
 __global__ void __launch_bounds__(256) convert_sums_kernel(const __grid_constant__ SumsArguments a) {
+  ptx::wait_for_prerequisites();
   const bool aligned =
       reinterpret_cast<uintptr_t>(a.to.data) % 16 == 0 && a.to.row_stride % 8 == 0 && a.to.head_stride % 8 == 0;
   const int64_t count = a.total * a.heads * a.parts * 4, step = int64_t{gridDim.x} * blockDim.x;
@@ -103,9 +105,7 @@ __global__ void __launch_bounds__(256) convert_sums_kernel(const __grid_constant
 template <class T>
 Status convert_sums(const SumsArguments& a, int processors, cudaStream_t stream) {
   const int64_t blocks = (a.total * a.heads * a.parts * 4 + 255) / 256, most = processors * 32;
-  convert_sums_kernel<T><<<static_cast<unsigned>(blocks < most ? blocks : most), 256, 0, stream>>>(a);
-  HSTU_TRY(cudaGetLastError());
-  return {};
+  return launch<true>(convert_sums_kernel<T>, a, blocks < most ? blocks : most, 256, 0, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90
