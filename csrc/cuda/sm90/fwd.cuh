@@ -143,6 +143,7 @@ struct FwdComputer {
   const FwdStorage<C, T>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
   Ring<C::kStages> ring;
+  unsigned bias_count = 0;  // tiles so far
 
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ int warp_row() const { return group * 64 + thread() / 32 * 16; }
@@ -219,7 +220,7 @@ struct FwdComputer {
             item.times + warp_row(), shared.staging + warp_row() * 128};
   }
   __device__ __forceinline__ TileBias<C> make_bias(const FwdItem<C>& item, int tile) const {
-    return {shared.bias_stage(ring.stage), shared.bias_tables(), bias_place(item, tile)};
+    return {shared.bias_stage(bias_count % C::kBiasStages), shared.bias_tables(), bias_place(item, tile)};
   }
 
   __device__ __forceinline__ void activate(Scores& s, const FwdItem<C>& item, int at, TileBias<C>& bias, bool covered,
@@ -241,7 +242,21 @@ struct FwdComputer {
       for (int e = 0; e < 4; ++e) p[i][e] = pack(s[i * 8 + e * 2], s[i * 8 + e * 2 + 1], T{});
   }
 
-  __device__ __forceinline__ void await_keys() const { shared.barrier.key_full[ring.stage].wait(ring.round); }
+  // And what was prepared of the bias.
+  __device__ __forceinline__ void await_keys() const {
+    shared.barrier.key_full[ring.stage].wait(ring.round);
+    if constexpr (C::kPreparers > 0)
+      shared.barrier.bias_full[bias_count % C::kBiasStages].wait(bias_count / C::kBiasStages % 2);
+  }
+  // The values of a tile are used up, and its bias, which is number `count`.
+  __device__ __forceinline__ void release_values(int stage, unsigned count) const {
+    release(shared.barrier.value_empty[stage]);
+    if constexpr (C::kPreparers > 0) release(shared.barrier.bias_empty[count % C::kBiasStages]);
+  }
+  __device__ __forceinline__ void advance() {
+    ring.next();
+    if constexpr (C::kPreparers > 0) ++bias_count;
+  }
 
   // The keys of a tile are used up; after the last tile the queries are, too.
   __device__ __forceinline__ void release_keys(const GroupTiles& tiles, int tile) const {
@@ -256,15 +271,14 @@ struct FwdComputer {
     shared.barrier.value_full[ring.stage].wait(ring.round);
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
     release(shared.barrier.key_empty[ring.stage]);
-    release(shared.barrier.value_empty[ring.stage]);
-    ring.next();
+    release_values(ring.stage, bias_count);
+    advance();
   }
 
   // Tiles [tile, end), of each of which this warpgroup keeps something. The mask is worked out while no scores take
   // registers.
   __device__ __forceinline__ void compute_run(const FwdItem<C>& item, const GroupTiles& tiles, int tile, int end,
                                               const Queries& q, Output& out) {
-    FwdBarriers<C>& barrier = shared.barrier;
     Scores s;
     Weights p;
     bool covered = tiles.covers(tile);
@@ -277,7 +291,7 @@ struct FwdComputer {
     activate(s, item, tile, bias, covered, keep);
     round(s, p);
     Ring<C::kStages> current = ring;
-    ring.next();
+    advance();
     for (++tile; tile < end; ++tile) {
       covered = tiles.covers(tile);
       keep = covered || kBias ? 0 : keep_bits(item, tile);
@@ -289,15 +303,15 @@ struct FwdComputer {
       release_keys(tiles, tile);
       activate(s, item, tile, bias, covered, keep);
       ptx::wgmma_wait<0>();
-      release(barrier.value_empty[current.stage]);
+      release_values(current.stage, bias_count - 1);
       round(s, p);
       current = ring;
-      ring.next();
+      advance();
     }
     // The last tile alone may end past the sequence.
     multiply_values(out, p, item.job.sequence.mask.len - (end - 1) * C::kCols, current);
     ptx::wgmma_wait<0>();
-    release(barrier.value_empty[current.stage]);
+    release_values(current.stage, bias_count - 1);
   }
 
   __device__ __forceinline__ void compute(const FwdItem<C>& item, unsigned round, Output& out) {
@@ -358,7 +372,7 @@ struct FwdComputer {
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
-  shared.bias_tables().make(arguments.params.problem.relative, Score<T>::kArgument, C::kStages * C::kBiasStageBytes,
+  shared.bias_tables().make(arguments.params.problem.relative, Score<T>::kArgument, C::kBiasStages * C::kBiasStageBytes,
                             threadIdx.x - 64, kThreads, [] { ptx::named_barrier_sync(2 + C::kGroups, kThreads); });
 }
 

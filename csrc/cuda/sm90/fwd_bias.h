@@ -50,13 +50,20 @@ class BiasStage {
 
   __device__ explicit BiasStage(uint32_t base) : base_(base) {}
 
-  // Entries lie in two copies, the second one moved by an entry: pairs lie on eight bytes in one of them.
-  __device__ __forceinline__ void copy_weight(int e, const float* from) const {
-    ptx::cp_async_4(base_ + e * 4, from);
-    if (e > 0) ptx::cp_async_4(base_ + kShifted + (e - 1) * 4, from);
+  // The window from `from` on, by a warp, sixteen bytes at a time: starts up to three entries early, ends up to three
+  // late.
+  __device__ __forceinline__ void copy_window(const float* from) const {
+    const int early = static_cast<int>(reinterpret_cast<uintptr_t>(from) / 4 % 4);
+    for (int i = lane_id(); i < kWindow / 4 + 1; i += 32) ptx::cp_async_16(base_ + i * 16, from - early + i * 4, 16);
+    if (lane_id() == 0) ptx::st_shared(base_ + kEarly, static_cast<uint32_t>(early * 4));
   }
-  // Entries e + 8 d and e + 8 d + 1.
-  __device__ uint32_t weights(int e) const { return base_ + (e % 2 ? kShifted + (e - 1) * 4 : e * 4); }
+  // The same of a table in whose range the window does not lie.
+  template <class Index>
+  __device__ __forceinline__ void copy_window(const float* table, const Index& index) const {
+    for (int e = lane_id(); e < kWindow; e += 32) ptx::cp_async_4(base_ + e * 4, table + index(e));
+    if (lane_id() == 0) ptx::st_shared(base_ + kEarly, 0u);
+  }
+  __device__ uint32_t weights(int e) const { return base_ + ptx::ld_shared_int(base_ + kEarly) + e * 4; }
 
   // The low words of the times of the keys: differences of times less than 2^31 apart are right.
   __device__ uint32_t time(int key) const { return base_ + kTimes + key * 4; }
@@ -65,12 +72,12 @@ class BiasStage {
   __device__ uint32_t note(int warp) const { return base_ + kNotes + warp * WarpNote::kBytes; }
 
  private:
-  static constexpr int kShifted = kWindow * 4 + 64;  // half the banks away
-  static constexpr int kTimes = kShifted + kWindow * 4, kNotes = kTimes + C::kCols * 4;
+  static constexpr int kTimes = (kWindow + 4) * 4, kNotes = kTimes + C::kCols * 4,
+                       kEarly = kNotes + kWarps * WarpNote::kBytes;
   static_assert(kNotes % 16 == 0);
 
  public:
-  static constexpr int kBytes = (kNotes + kWarps * WarpNote::kBytes + 127) / 128 * 128;
+  static constexpr int kBytes = (kEarly + 4 + 127) / 128 * 128;
 
  private:
   uint32_t base_;

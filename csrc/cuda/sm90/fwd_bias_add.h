@@ -173,7 +173,8 @@ struct TileBias<C, RelativeBias> {
  private:
   __device__ __forceinline__ void load() {
 #pragma unroll
-    for (int d = 0; d < 9; ++d) diagonals[d] = ptx::ld_shared_v2(weights + (d - 1) * 32);
+    for (int d = 0; d < 9; ++d)
+      diagonals[d] = make_float2(ptx::ld_shared(weights + (d - 1) * 32), ptx::ld_shared(weights + (d - 1) * 32 + 4));
   }
 };
 

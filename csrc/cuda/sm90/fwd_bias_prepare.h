@@ -1,9 +1,10 @@
 // What two warps of the loading warpgroup do for the computing ones where there is relative bias. One works out what
 // each computing warp will find in a tile, eight tiles at a time; the other copies that, the weights of the position
-// term by diagonal and the times of the keys into the stage of a tile, without waiting for memory:
+// term by diagonal and the times of the keys into a ring of stages, without waiting for memory:
 //
 //   notes_full    the noting warp              notes_empty    the filling warp
-//   key_full      the loading lane, the filling warp's first lane, and each of its lanes when its copies have landed
+//   bias_full     the filling warp's first lane, and each of its lanes when its copies have landed
+//   bias_empty    each computing warpgroup
 #pragma once
 
 #include "cuda/sm90/fwd_bias.h"
@@ -39,17 +40,17 @@ class BiasPreparer {
   }
 
   __device__ __forceinline__ void fill_stages() {
-    Ring<C::kStages> ring;
+    Ring<C::kBiasStages> ring;
     each_item([&](const FwdItem<C>& item) {
       int noted = 0;
 #pragma unroll 1
       for (int tile = item.tiles().next(-1); tile < item.tiles().end(); tile = item.tiles().next(tile), ring.next()) {
         if (noted == 0) shared_.barrier.notes_full[buffer_.stage].wait(buffer_.round);
-        shared_.barrier.value_empty[ring.stage].wait(ring.round ^ 1);
+        shared_.barrier.bias_empty[ring.stage].wait(ring.round ^ 1);
         fill(BiasStage<C>(shared_.bias_stage(ring.stage)), item, tile * C::kCols, noted);
-        ptx::cp_async_arrive(shared_.barrier.key_full[ring.stage].address());
+        ptx::cp_async_arrive(shared_.barrier.bias_full[ring.stage].address());
         __syncwarp();
-        if (lane_id() == 0) shared_.barrier.key_full[ring.stage].arrive();
+        if (lane_id() == 0) shared_.barrier.bias_full[ring.stage].arrive();
         if (++noted == Queue::kTiles) release_notes(), noted = 0;
       }
       if (noted > 0) release_notes();
@@ -91,11 +92,11 @@ class BiasPreparer {
   __device__ __forceinline__ void fill(const BiasStage<C>& stage, const FwdItem<C>& item, int col, int noted) const {
     const PositionTerm position(problem_.relative, item.job.item.head);
     if (position.weight) {
-      const int from = col - row(item) - (C::kRows - 1) + position.positions - 1;
-#pragma unroll
-      for (int i = 0; i < BiasStage<C>::kWindow / 32; ++i) {
-        const int e = i * 32 + lane_id();
-        stage.copy_weight(e, position.weight + clamp_int(from + e, 0, 2 * position.positions - 2));
+      const int from = col - row(item) - (C::kRows - 1) + position.positions - 1, last = 2 * position.positions - 2;
+      if (from >= 3 && from + BiasStage<C>::kWindow + 3 <= last) {
+        stage.copy_window(position.weight + from);
+      } else {
+        stage.copy_window(position.weight, [=](int e) { return clamp_int(from + e, 0, last); });
       }
     }
     if (problem_.relative.time_weight) {
@@ -116,27 +117,20 @@ class BiasPreparer {
            (mask.history == mask.len || max_int(row + 16, col + C::kCols) <= mask.history + 1);
   }
 
-  // Lane `warp` learns the first and the last time of that warp's rows.
-  __device__ __forceinline__ void read_queries(FwdItem<C>& item) {
+  __device__ __forceinline__ void read_queries(FwdItem<C>& item) const {
     const TimeTerm time = times(item);
-    long long lo[C::kRows / 32];
 #pragma unroll
     for (int i = 0; i < C::kRows / 32; ++i) {
-      lo[i] = time.query_time(row(item) + i * 32 + lane_id());
-      item.times[i * 32 + lane_id()] = static_cast<int>(lo[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < C::kRows / 32; ++i) {
-      long long hi = lo[i];
+      long long lo = time.query_time(row(item) + i * 32 + lane_id()), hi = lo;
+      item.times[i * 32 + lane_id()] = static_cast<int>(lo);
 #pragma unroll
       for (int d = 8; d > 0; d /= 2) {
-        lo[i] = min(lo[i], __shfl_xor_sync(~0u, lo[i], d));
+        lo = min(lo, __shfl_xor_sync(~0u, lo, d));
         hi = max(hi, __shfl_xor_sync(~0u, hi, d));
       }
-      const long long least = __shfl_sync(~0u, lo[i], lane_id() % 2 * 16);
-      hi = __shfl_sync(~0u, hi, lane_id() % 2 * 16);
-      if (lane_id() / 2 == i) first_ = least, last_ = hi;
+      if (lane_id() % 16 == 0) item.ends[i * 2 + lane_id() / 16] = make_longlong2(lo, hi);
     }
+    __syncwarp();
   }
 
   // Bit i: the times of tile i's keys rise. Lane i passes tile i.
@@ -162,39 +156,35 @@ class BiasPreparer {
   // Notes of eight tiles, of which lane i passes tile i, for all computing warps.
   __device__ __forceinline__ void note_tiles(const FwdItem<C>& item, int tile) const {
     const bool timed = problem_.relative.time_weight != nullptr;
-    long long left = 0, right = 0;
-    unsigned rises = 0;
-    if (timed) {
-      const TimeTerm time = times(item);
-      rises = rising(time, tile);
-      left = time.key_time(tile * C::kCols), right = time.key_time(tile * C::kCols + C::kCols - 1);
-    }
+    const unsigned rises = timed ? rising(times(item), tile) : 0;
 #pragma unroll 1
     for (int pair = lane_id(); pair < Queue::kTiles * kWarps; pair += 32) {
       static_assert(Queue::kTiles * kWarps % 32 == 0);
-      const int i = pair / kWarps, warp = pair % kWarps;
+      const int i = pair / kWarps, warp = pair % kWarps, col = __shfl_sync(~0u, tile, i) * C::kCols;
       WarpNote note = {};
       if (timed) {
-        const long long l = __shfl_sync(~0u, left, i), r = __shfl_sync(~0u, right, i);
-        const long long first = __shfl_sync(~0u, first_, warp), last = __shfl_sync(~0u, last_, warp);
-        note = note_times(times(item), (rises >> i & 1) && min(first, l) >= -kFar && max(last, r) <= kFar, first - r,
-                          last - l, r - l);
+        const TimeTerm time = times(item);
+        const long long l = time.key_time(col), r = time.key_time(col + C::kCols - 1);
+        const long long first = item.ends[warp].x, last = item.ends[warp].y;
+        const bool known = (rises >> i & 1) && min(first, l) >= -kFar && max(last, r) <= kFar && r - l <= INT32_MAX;
+        note = note_times(time, known, first - r, last - l);
       }
-      const int col = __shfl_sync(~0u, tile, i) * C::kCols;
       if (problem_.relative.position_weight && !linear(item.job.sequence.mask, row(item) + warp * 16, col))
         note.note.code |= BiasNote::kElementwise;
       note.store(shared_.notes().at(buffer_.stage, i, warp));
     }
   }
 
-  // Of a tile with gaps lo to hi (if known) and keys over `width`.
-  __device__ __forceinline__ WarpNote note_times(const TimeTerm& time, bool known, long long lo, long long hi,
-                                                 long long width) const {
+  // Of a tile with gaps lo to hi, if known.
+  __device__ __forceinline__ WarpNote note_times(const TimeTerm& time, bool known, long long lo, long long hi) const {
     WarpNote note = {{static_cast<unsigned>(BiasNote::kMany) << BiasNote::kFirstBits}, time.count, 0, 0.f};
-    if (!known || width > INT32_MAX) return note;
+    if (!known) return note;
     unsigned span = 0;
-    const WarpNote looked_up = look_up(lo, hi, width, span);
+    const WarpNote looked_up = look_up(lo, hi, span);
     if (span > kSparse) return looked_up;
+    // Weights in the cells are those of the head that is computed now.
+    if (looked_up.cells() && problem_.relative.time_head_stride == 0)
+      return count(static_cast<int>(lo), static_cast<int>(hi), span / 4, looked_up);
     const int2 range = time.buckets(lo, hi);
     const int steps = range.y - range.x;
     if (range.y >= 1 << BiasNote::kFirstBits) return note;
@@ -213,10 +203,27 @@ class BiasPreparer {
     note.note.code |= static_cast<unsigned>(range.x), note.word = steps;
     return note;
   }
-  // The note of a tile that is looked up in the cells, if they answer for gaps lo to hi; `span`: bytes of those cells.
-  __device__ __forceinline__ WarpNote look_up(long long lo, long long hi, long long width, unsigned& span) const {
+  // From the cells of gaps lo to hi, `more` of them behind the first: that of one or two buckets, or else the note
+  // given.
+  __device__ __forceinline__ WarpNote count(int lo, int hi, unsigned more, const WarpNote& many) const {
+    const Cells cells = shared_.bias_tables().cells();
+    uint32_t cell = cells.cell(lo, cells.octave(Cells::octave_of(lo)));
     WarpNote note = {};
-    if (lo < -Cells::kGaps || hi >= Cells::kGaps || width >= Cells::kGaps) return note;
+    note.word = ptx::ld_shared_int(cell + (lo >= ptx::ld_shared_int(cell) ? 4 : 0) + Cells::kWeight);
+    int steps = 0;
+    for (unsigned i = 0; i <= more; ++i, cell += 4) {
+      const int boundary = ptx::ld_shared_int(cell);
+      if (boundary <= lo || boundary > hi) continue;
+      ++steps, note.boundary = boundary;
+      note.change = ptx::ld_shared(cell + Cells::kWeight + 4) - ptx::ld_shared(cell + Cells::kWeight);
+    }
+    if (steps == 1) note.note.code = WarpNote::kStep | 1u << BiasNote::kFirstBits;
+    return steps <= 1 ? note : many;
+  }
+  // The note of a tile that is looked up in the cells, if they answer for gaps lo to hi; `span`: bytes of those cells.
+  __device__ __forceinline__ WarpNote look_up(long long lo, long long hi, unsigned& span) const {
+    WarpNote note = {};
+    if (lo < -Cells::kGaps || hi >= Cells::kGaps) return note;
     const Cells cells = shared_.bias_tables().cells();
     const int first = Cells::octave_of(static_cast<int>(lo)), last = Cells::octave_of(static_cast<int>(hi));
     if (crowded_ >> first & ((2u << (last - first)) - 1)) return note;
@@ -233,7 +240,6 @@ class BiasPreparer {
   const AttentionProblem& problem_;
   const FwdStorage<C, T>& shared_;
   Ring<Queue::kBuffers> buffer_;
-  long long first_ = 0, last_ = 0;  // times of the rows of warp `lane`
   unsigned crowded_ = 0;
 };
 

@@ -77,7 +77,9 @@ struct FwdItem {
   int first;                          // query of the first row, a multiple of 64, negative in front of the sequence
   bool more;                          // false: the block is done
   GroupTiles groups[C::kGroups + 1];  // the last: of all of them
-  int times[C::kTimeRows];            // low words of the times of the queries, where a bias needs them
+  // Where a bias needs them, of the queries: low words of their times; the first and the last time of each 16.
+  int times[C::kTimeRows];
+  longlong2 ends[C::kTimeRows / 16 + 1];
 
   __device__ const TileSpans& tiles() const { return groups[C::kGroups].kept; }
 

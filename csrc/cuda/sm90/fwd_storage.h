@@ -29,27 +29,33 @@ template <class Shape, class Bias_>
 struct FwdPlan : Shape {
   using Bias = Bias_;
   static constexpr int kPreparers = std::is_same_v<Bias, RelativeBias> ? kBiasWarps : 0;
+  // The preparing warps take what the computing ones of this dimension leave.
+  static constexpr bool kSpare = kPreparers && Shape::kDim == 64;
+  static constexpr int kLoadRegisters = kSpare ? 80 : Shape::kLoadRegisters;
+  static constexpr int kComputeRegisters = kSpare ? 144 : Shape::kComputeRegisters;
+  static constexpr int kBiasStages = Shape::kDim == 64 ? 8 : 4;  // a ring of its own: tables come later than keys
   static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Shape>::kBytes : 0;
   static constexpr int kBiasBytes =
-      kPreparers ? BiasTables<Shape>::kBytes + Shape::kStages * kBiasStageBytes + NoteQueue<Shape>::kBytes : 0;
+      kPreparers ? BiasTables<Shape>::kBytes + kBiasStages * kBiasStageBytes + NoteQueue<Shape>::kBytes : 0;
   static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes;
   static constexpr int kTimeRows = kPreparers ? Shape::kRows : 1;  // of an item, whose times it keeps
-  static_assert(kSharedBytes + 2048 + kItems * kTimeRows * 4 <= kSharedMemory, "barriers and items take 2 KB");
+  static_assert(kSharedBytes + 2048 + kItems * kTimeRows * 5 <= kSharedMemory, "barriers and items take 2 KB");
 };
 
 template <class C>
 struct FwdBarriers {
   ptx::Mbarrier item_full[kItems], item_empty[kItems], query_full, query_empty;
-  ptx::Mbarrier notes_full[2], notes_empty[2];
+  ptx::Mbarrier notes_full[2], notes_empty[2], bias_full[C::kBiasStages], bias_empty[C::kBiasStages];
   ptx::Mbarrier key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
 
   __device__ void init() {
     for (ptx::Mbarrier& b : item_full) b.init(1);
     for (ptx::Mbarrier& b : item_empty) b.init(C::kGroups + 1 + C::kPreparers);
     for (int i = 0; i < 2; ++i) notes_full[i].init(1), notes_empty[i].init(1);
+    for (int i = 0; i < C::kBiasStages; ++i) bias_full[i].init(1 + 32), bias_empty[i].init(C::kGroups);
     query_full.init(1), query_empty.init(C::kGroups);
     for (int i = 0; i < C::kStages; ++i) {
-      key_full[i].init(C::kPreparers ? 2 + 32 : 1), value_full[i].init(1);
+      key_full[i].init(1), value_full[i].init(1);
       key_empty[i].init(C::kGroups), value_empty[i].init(C::kGroups);
     }
     ptx::fence_mbarrier_init();
@@ -75,7 +81,7 @@ struct FwdStorage {
   }
   __device__ BiasTables<C> bias_tables() const { return {bias}; }
   __device__ uint32_t bias_stage(int stage) const { return bias + BiasTables<C>::kBytes + stage * C::kBiasStageBytes; }
-  __device__ NoteQueue<C> notes() const { return {bias_stage(C::kStages)}; }
+  __device__ NoteQueue<C> notes() const { return {bias_stage(C::kBiasStages)}; }
   __device__ Panel query_panel(int panel) const { return {queries + panel * C::kRows * 128}; }
   __device__ Panel key_panel(int stage, int panel) const {
     return {keys + stage * C::kKeyBytes + panel * C::kCols * 128};
