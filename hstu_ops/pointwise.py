@@ -80,7 +80,7 @@ def norm_gate(
         groups: `norm` has mean 0 and variance 1 over each of this many equal parts of a row. 1: all heads jointly. The
             number of heads: per head.
         eps: added to the variance, a number.
-        dropout: the probability, in [0, 1), with which an element becomes 0, to the nearest multiple of 2^-16; the
+        dropout: the probability, in [0, 1), with which an element becomes 0, to the nearest multiple of 2^-15; the
             others are divided by `1 - dropout`.
         seed: an int, or an int64 tensor of one element on the device of a. What is dropped follows from it, the row
             and the column alone, and is the same on every device. Default: drawn from torch's generator of the device.

@@ -164,12 +164,46 @@ def test_silu_split_takes_any_gradients(device):
 # ---- dropout -------------------------------------------------------------------------------------------------
 
 
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-7 in Python's integers."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(7):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 % 2**32, p0 >> 32 ^ c3 ^ k1, p0 % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
 def test_known_words_of_the_generator():
-    """Philox4x32-7 of the counter 0 and the key 0, as its authors publish it."""
-    words = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
-    for column, number in enumerate(y for x in words for y in (x & 0xFFFF, x >> 16)):
-        kept, dropped = (reference.dropout_mask(0, x / 2**16, 1, 8, section=0)[0, column] for x in (number, number + 1))
-        assert kept and not dropped
+    """The counter 0 with the key 0, as its authors publish it, and what dropout makes of the generator."""
+    assert philox([0, 0, 0, 0], [0, 0]) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    seed, row, column, section = 0x123456789ABCDEF, 5, 19, 1
+    state = philox([0, 0, 0, 0], [seed % 2**32, seed >> 32])
+    words = philox([x ^ y for x, y in zip(state, (row, 0, column // 8, section), strict=True)], [0, 0])
+    number = words[column % 8 // 2] >> 16 * (column % 2) & 0x7FFF
+    kept, dropped = (
+        reference.dropout_mask(seed, x / 2**15, row + 1, 24, section)[row, column] for x in (number, number + 1)
+    )
+    assert kept and not dropped
+
+
+def test_dropout_masks_are_independent():
+    """Of seeds, rows, columns and sections next to each other, and of numbers of a word."""
+    draws = [reference.dropout_mask(x, 0.5, 512, 512, section) for x in (0, 1, 2**32) for section in range(3)]
+    masks = torch.stack(draws).double() * 2 - 1
+    rows, columns = masks, masks.transpose(1, 2)
+    bound = 5 * (512 * 512) ** -0.5  # of the mean of so many signs
+    assert (masks.mean((1, 2)).abs() < bound).all()
+    for distance in (1, 2, 3, 4, 7, 8, 16, 64, 256):
+        for lines in (rows, columns):
+            assert ((lines[:, :-distance] * lines[:, distance:]).mean((1, 2)).abs() < 1.5 * bound).all()
+    flat = masks.flatten(1)
+    among = flat @ flat.T / flat.shape[1]
+    assert ((among - torch.eye(len(flat), dtype=among.dtype)).abs() < bound).all()
+    # Rows against rows, and columns against columns: the largest of many correlations of 512 signs.
+    for lines in (masks[0], masks[0].T):
+        found = lines @ lines.T / 512
+        assert (found - torch.eye(512, dtype=found.dtype)).abs().max() < 6.5 * 512**-0.5
 
 
 @pytest.mark.parametrize("columns", (8, 50, 513))

@@ -177,10 +177,10 @@ class NormRows {
   void drop(int64_t row, Section section, C* values) const {
     if (!p_.dropout) return;
     const DropoutParams& d = p_.dropout;
-    const uint64_t seed = static_cast<uint64_t>(d.seed_values ? *d.seed_values : d.seed);
+    const RandomWords state = dropout_state(static_cast<uint64_t>(d.seed_values ? *d.seed_values : d.seed));
     const C scale = static_cast<C>(d.scale);
     for (int c = 0; c < padded_; c += 8) {
-      const RandomWords words = random_words(seed, static_cast<uint64_t>(row), static_cast<uint32_t>(c / 8), section);
+      const RandomWords words = random_words(state, static_cast<uint64_t>(row), static_cast<uint32_t>(c / 8), section);
       for (int i = 0; i < 8; ++i) values[c + i] = words.number(i) >= d.threshold ? values[c + i] * scale : C(0);
     }
   }

@@ -76,7 +76,7 @@ struct NormGateArguments {
 DropoutParams GateArguments::dropout_params(Device device) const {
   expect(dropout >= 0 && dropout < 1, "dropout", "at least 0 and less than 1", std::to_string(dropout));
   DropoutParams p;
-  p.threshold = static_cast<uint32_t>(std::nearbyint(dropout * 0x1p16));
+  p.threshold = static_cast<uint32_t>(std::nearbyint(dropout * 0x1p15));
   p.scale = 1 / (1 - dropout);
   p.seed = seed;
   if (seed_values) {

@@ -90,25 +90,35 @@ def dropout_mask(
 ) -> Tensor:
     """What `norm_gate` keeps: bool `[rows, columns]` of section 0 (u), 1 (a) or 2 (the product).
 
-    Element (r, c) is kept if its random number is at least `round(probability * 2^16)`: number `c % 8` of the 8 of 16
-    bits, low half first, in the four words of Philox4x32-7 with the counter (r mod 2^32, r >> 32, c // 8, section) and
-    the seed as key.
+    Element (r, c) is kept if its random number is at least `round(probability * 2^15)`: number `c % 8` of the 8, each
+    the lower 15 bits of half a word, low half first, in the four words of Philox4x32-7 with the key 0 and the counter
+    (r mod 2^32, r >> 32, c // 8, section) xor the words of Philox4x32-7 with the seed as key and the counter 0.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    low = 0xFFFFFFFF
     if not isinstance(seed, Tensor):
         seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, device=device)
-    k0, k1 = seed.reshape(()) & low, (seed.reshape(()) >> 32) & low
+    seed = seed.reshape(())
     r = torch.arange(rows, device=device)[:, None]
     c = torch.arange((columns + 7) // 8, device=device)[None, :]
-    x0, x1, x2, x3 = (x.expand(rows, c.shape[1]) for x in (r & low, r >> 32, c, torch.full_like(c, section)))
+    place = (x.expand(rows, c.shape[1]) for x in (r & _LOW, r >> 32, c, torch.full_like(c, section)))
+    state = _philox([torch.zeros_like(seed)] * 4, seed & _LOW, (seed >> 32) & _LOW)
+    words = _philox([x ^ y for x, y in zip(place, state, strict=True)], 0, 0)
+    numbers = torch.stack([y for x in words for y in (x & 0x7FFF, (x >> 16) & 0x7FFF)], dim=-1)
+    return numbers.flatten(1)[:, :columns] >= round(probability * 2**15)
+
+
+_LOW = 0xFFFFFFFF
+
+
+def _philox(counter: list[Tensor], k0: Tensor | int, k1: Tensor | int) -> list[Tensor]:
+    """The four words of Philox4x32-7, 32 bits each in an int64."""
+    x0, x1, x2, x3 = counter
     for _ in range(7):
         p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # 64 bits, of which int64 keeps all
-        x0, x1, x2, x3 = ((p1 >> 32) & low) ^ x1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ x3 ^ k1, p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    numbers = torch.stack([y for x in (x0, x1, x2, x3) for y in (x & 0xFFFF, x >> 16)], dim=-1)
-    return numbers.flatten(1)[:, :columns] >= round(probability * 2**16)
+        x0, x1, x2, x3 = ((p1 >> 32) & _LOW) ^ x1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ x3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return [x0, x1, x2, x3]
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:

@@ -18,7 +18,8 @@ struct AnyRow {
   const int64_t row;
   const int lanes;
 
-  __device__ AnyRow(const NormProblem& p, int64_t row, int lanes) : p(p), dropper(p.dropout), row(row), lanes(lanes) {}
+  __device__ AnyRow(const NormProblem& p, int64_t row, int lanes)
+      : p(p), dropper(p.dropout, static_cast<float>(p.dropout.scale)), row(row), lanes(lanes) {}
 
   __device__ static T* element(const Rows& rows, int64_t row, int64_t column) {
     return static_cast<T*>(rows.data) + row * rows.row_stride + column;

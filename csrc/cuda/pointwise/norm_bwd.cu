@@ -1,10 +1,12 @@
-// The norm of rows, with or without a gate, backward. A team reads x, the gate and the gradient of its group of a row
-// once, makes all sums that the statistics and the gradient need in one pass over its threads, and writes both
-// gradients. For the gradients of weight and bias it keeps sums of its own columns in registers; a block adds its
-// teams' in order, column_sums_kernel the blocks', so the order of every sum is fixed.
+// The norm of rows, with or without a gate, backward. Blocks stay and walk over rows; cp.async brings the next row's
+// tensors into shared memory meanwhile. A team reads its group of a row once, finds the mean, then all sums that the
+// deviation and the gradient need, and writes both gradients. For the gradients of weight and bias it keeps sums of its
+// own columns in registers; a block adds its teams' in order, column_sums_kernel the blocks', so the order of every sum
+// is fixed.
 #include "core/silu.h"
 #include "cuda/pointwise/sigmoid.h"
 #include "cuda/pointwise/team_launch.h"
+#include "cuda/ptx/launch.h"
 
 namespace hstu_ops::cuda {
 namespace {
@@ -12,185 +14,223 @@ namespace {
 // Shared memory and registers of a block follow from these.
 template <Gate kGate, bool kSums>
 struct Config {
-  static constexpr int kTensors = kGate == Gate::kNone ? 2 : 3;
-  static constexpr int kStages = 4;
-  static constexpr int kBlocks = kGate == Gate::kNone && !kSums ? 3 : 2;  // of a processor
+  static constexpr int kTensors = kGate == Gate::kNone ? 2 : kGate == Gate::kAny ? 5 : 3;
+  static constexpr int kStages = 2;
+  static constexpr int kBlocks = kGate == Gate::kNone && !kSums    ? 4
+                                 : kGate == Gate::kPlain && !kSums ? 3
+                                                                   : 2;  // of a processor
 };
 
-template <class T, Gate kGate, bool kSums>
+// What a row's mean and variance take from the gradient of its elements, and what is left of each.
+struct Taken {
+  float scaled, shift, slope;
+};
+
+// kSums: there is a weight or a bias, or their gradients are wanted.
+template <class T, Gate kGate, bool kSums, Team kTeam>
 struct Backward {
   using R = Ring<T, Config<kGate, kSums>::kTensors, Config<kGate, kSums>::kStages>;
   using Floats = typename Piece<T>::Floats;
   static constexpr int kElements = Piece<T>::kElements;
   static constexpr bool kGated = kGate != Gate::kNone, kCopies = kGate == Gate::kAny;
+  enum Tensor { kX, kGrad, kU, kGradOfGate, kGradOfInput };  // in the ring; the last two are those of copies
 
   const NormBwdParams& params;
   const NormProblem& p;
-  const Place<T> at;
+  const TeamLayout& layout;
+  float* const shared;
+  const Place<T, kTeam> at;
   const Dropper dropper;
-  float* shared;
-  Stream<T> x, u, grad_out, grad_x, grad_u;
+  const int64_t step;   // from a row of a team to the next
+  unsigned iterations;  // of the block
+  unsigned count;       // rows of the team
+  Stream<T> x, u, grad, grad_of_gate, grad_of_input, grad_x, grad_u;
   float sum_weight[kPieces][kElements], sum_bias[kPieces][kElements];
 
   __device__ Backward(const NormBwdParams& params, const TeamLayout& layout, float* shared)
-      : params(params), p(params.problem), at(p, layout), dropper(p.dropout), shared(shared), x(at, p.x) {
-    grad_out = Stream<T>(at, params.grad_out, kCopies && p.concat ? 2 * int64_t{p.columns} : 0);
-    grad_x = Stream<T>(at, params.grad_x);
-    if constexpr (kGated) u = Stream<T>(at, p.u), grad_u = Stream<T>(at, params.grad_u);
+      : params(params),
+        p(params.problem),
+        layout(layout),
+        shared(shared),
+        at(p, layout, layout.slots),
+        dropper(p.dropout, layout.scale),
+        step(int64_t{gridDim.x} * layout.slots) {
+    const auto rows_from = [&](int64_t row) { return static_cast<unsigned>((p.rows - row + step - 1) / step); };
+    iterations = rows_from(int64_t{blockIdx.x} * layout.slots);
+    count = at.row < p.rows ? rows_from(at.row) : 0;
+    x = Stream<T>(at, p.x, step);
+    grad = Stream<T>(at, params.grad_out, step, concat() ? 2 * int64_t{p.columns} : 0);
+    grad_x = Stream<T>(at, params.grad_x, step);
+    if constexpr (kGated) u = Stream<T>(at, p.u, step), grad_u = Stream<T>(at, params.grad_u, step);
+    if (concat()) {
+      grad_of_gate = Stream<T>(at, params.grad_out, step);
+      grad_of_input = Stream<T>(at, params.grad_out, step, p.columns);
+    }
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
 #pragma unroll
       for (int e = 0; e < kElements; ++e) sum_weight[i][e] = sum_bias[i][e] = 0;
   }
 
-  __device__ __forceinline__ void fetch(uint32_t stage, int iteration) {
-    R::fetch(stage, 0, at, iteration, x);
-    R::fetch(stage, 1, at, iteration, grad_out);
-    if constexpr (kGated) R::fetch(stage, 2, at, iteration, u);
+  __device__ bool concat() const { return kCopies && p.concat; }
+  __device__ bool with_silu() const { return kGate == Gate::kSilu || (kCopies && p.silu_u); }
+
+  __device__ __forceinline__ void fetch(uint32_t stage, unsigned iteration) {
+    const bool exists = iteration < count;
+    R::fetch(stage, kX, at, exists, x);
+    R::fetch(stage, kGrad, at, exists, grad);
+    if constexpr (kGated) R::fetch(stage, kU, at, exists, u);
+    if (!concat()) return;
+    R::fetch(stage, kGradOfGate, at, exists, grad_of_gate);
+    R::fetch(stage, kGradOfInput, at, exists, grad_of_input);
   }
 
-  __device__ bool with_silu() const { return kGate == Gate::kSilu || (kGate == Gate::kAny && p.silu_u); }
-  __device__ Piece<T> gate(uint32_t stage, int piece) const { return R::get(stage, kGated ? 2 : 0, piece); }
-
-  // Gradients of the result's product, `product`, and of the norm's own result, `normed`.
-  __device__ __forceinline__ void gradients(uint32_t stage, int piece, const Piece<T>& gate, uint32_t kept,
-                                            Floats& product, Floats& normed) const {
-    const Piece<T> g = R::get(stage, 1, piece);
+  __device__ __forceinline__ void run(uint32_t stage, unsigned iteration) {
+    const int64_t row = at.row + iteration * step;
+    const bool exists = iteration < count;
+    float mean[1] = {0};
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) product[e] = kCopies ? dropper.apply(kept, 8 * piece + e, g[e]) : g[e];
+    for (int i = 0; i < kPieces; ++i) {
+      if (!(exists && at.has(i))) continue;
+      const Piece<T> in = R::get(stage, kX, i);
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) normed[e] = kGated ? product[e] * gate[e] : product[e];
-    if (with_silu()) {
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) normed[e] *= sigmoid<T>(gate[e]);
+      for (int e = 0; e < kElements; ++e) mean[0] += in[e];
     }
-  }
+    team_sum(mean, at.lanes(), shared);
+    mean[0] *= layout.inverse;
 
-  __device__ __forceinline__ void run(uint32_t stage, int iteration) {
-    const float pivot = pivot_of<R>(at, stage, iteration, shared);
-    float sums[4] = {0, 0, 0, 0};  // of x - pivot, its square, its gradient d, d (x - pivot)
-    uint32_t kept = 0;             // a byte for each piece
+    float sums[3] = {0, 0, 0};  // of z's square, of the gradient d of the norm's result, of d z, where z = x - mean
+    Floats d[kPieces], slope[kPieces];
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      if (iteration >= at.counts[piece]) continue;
-      if constexpr (kCopies) kept |= (dropped(iteration, piece, Section::kProduct) & 0xff) << (8 * piece);
-      const Piece<T> in = R::get(stage, 0, piece);
-      Floats product, d;
-      gradients(stage, piece, gate(stage, piece), kept, product, d);
-      with_affine(at, p.weight, piece, d, Times());
+    for (int i = 0; i < kPieces; ++i) {
+      if (!(exists && at.has(i))) continue;
+      gradients(stage, row, i, d[i], slope[i]);
+      const Piece<T> in = R::get(stage, kX, i);
+      Floats weight;
+      if constexpr (kSums) read_affine<T>(p.weight, at.column_of(i), 1.f, weight);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const float z = in[e] - pivot;
-        sums[0] += z, sums[1] += z * z, sums[2] += d[e], sums[3] += d[e] * z;
+        const float z = in[e] - mean[0], weighted = kSums ? d[i][e] * weight[e] : d[i][e];
+        sums[0] += z * z, sums[1] += weighted, sums[2] += weighted * z;
       }
     }
-    team_sum(sums, at.lanes, shared);
-    const Statistics s(p, pivot, sums[0], sums[1]);
-    // What the mean and the variance take from each element's gradient.
-    const float inverse = 1.f / static_cast<float>(at.width), shift = sums[2] * inverse;
-    const float slope = (sums[3] * inverse - (s.mean - pivot) * shift) * s.rstd;
+    team_sum(sums, at.lanes(), shared);
+    const Normed normed(mean[0], rsqrtf(sums[0] * layout.inverse + layout.eps));
+    // What the mean and the variance take from each element's gradient: shift + slope * (x - mean) * rstd.
+    const float scaled = normed.rstd * dropper.scale, per_column = scaled * layout.inverse;
+    const Taken taken{scaled, per_column * sums[1], per_column * normed.rstd * sums[2]};
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece)
-      if (iteration < at.counts[piece]) write(stage, iteration, piece, kept, s, shift, slope);
+    for (int i = 0; i < kPieces; ++i)
+      if (exists && at.has(i)) write(stage, row, i, d[i], slope[i], normed, taken);
     grad_x.advance();
     if constexpr (kGated) grad_u.advance();
   }
 
-  __device__ __forceinline__ void write(uint32_t stage, int iteration, int piece, uint32_t kept, const Statistics& s,
-                                        float shift, float slope) {
-    const Piece<T> in = R::get(stage, 0, piece), u_in = gate(stage, piece);
-    Floats product, d, to;
-    gradients(stage, piece, u_in, kept, product, d);
-    if constexpr (kSums) {
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        sum_weight[piece][e] += d[e] * s.template normed<T>(in[e]);
-        sum_bias[piece][e] += d[e];
-      }
+  // d: the gradient of the norm's own result, without dropout's scale; slope: SiLU's.
+  __device__ __forceinline__ void gradients(uint32_t stage, int64_t row, int i, Floats& d, Floats& slope) const {
+    Piece<T> g = R::get(stage, kGrad, i);
+    if constexpr (kCopies) {
+      g = dropper.drop(g, row, at.column_of(i), Section::kProduct);
+      R::put(stage, kGrad, i, g);
     }
-    with_affine(at, p.weight, piece, d, Times());
+    const Piece<T> gate = R::get(stage, kGated ? kU : kX, i);
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) to[e] = s.rstd * ((d[e] - shift) - s.template normed<T>(in[e]) * slope);
-    add_copy(iteration, piece, Section::kInput, to);
-    (kCopies ? Stream<T>::at_row(at, params.grad_x, row_of(iteration)) : grad_x).store(at, piece, to);
-    if constexpr (kGated) {
+    for (int e = 0; e < kElements; ++e) d[e] = kGated ? g[e] * gate[e] : g[e];
+    if (!with_silu()) return;
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) to[e] = s.template normed<T>(in[e]);
-      with_affine(at, p.weight, piece, to, Times());
-      with_affine(at, p.bias, piece, to, Plus());
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) to[e] *= product[e];
-      add_copy(iteration, piece, Section::kGate, to);
-      if (with_silu()) {
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) to[e] *= silu_grad(u_in[e], sigmoid<T>(u_in[e]));
-      }
-      (kCopies ? Stream<T>::at_row(at, params.grad_u, row_of(iteration)) : grad_u).store(at, piece, to);
+    for (int e = 0; e < kElements; ++e) {
+      const float s = sigmoid<T>(gate[e]);
+      d[e] *= s;
+      if constexpr (!kCopies) slope[e] = silu_grad(gate[e], s);
     }
   }
 
-  __device__ int64_t row_of(int iteration) const { return at.row + iteration * at.step; }
-  __device__ __forceinline__ uint32_t dropped(int iteration, int piece, Section section) const {
-    return dropper.kept(at, row_of(iteration), piece, section);
+  __device__ __forceinline__ void write(uint32_t stage, int64_t row, int i, const Floats& d, const Floats& slope,
+                                        const Normed& normed, const Taken& taken) {
+    const Piece<T> in = R::get(stage, kX, i);
+    Floats weight, bias, to;
+    if constexpr (kSums) read_affine<T>(p.weight, at.column_of(i), 1.f, weight);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const float y = normed.template of<T>(in[e]);
+      if constexpr (kSums) sum_weight[i][e] += d[e] * y, sum_bias[i][e] += d[e];
+      to[e] = (kSums ? d[e] * weight[e] : d[e]) * taken.scaled - (y * taken.slope + taken.shift);
+    }
+    add_copy(stage, row, i, kGradOfInput, Section::kInput, to);
+    *at.piece(grad_x.at, i) = Piece<T>(to).word;
+    if constexpr (kGated) {
+      if constexpr (kSums) read_affine<T>(p.bias, at.column_of(i), 0.f, bias);
+      const Piece<T> g = R::get(stage, kGrad, i);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        const float y = normed.template of<T>(in[e]);
+        to[e] = g[e] * (kSums ? y * weight[e] + bias[e] : y);
+        if constexpr (kCopies) to[e] *= dropper.scale;
+      }
+      add_copy(stage, row, i, kGradOfGate, Section::kGate, to);
+      if (with_silu()) {
+        const Piece<T> gate = R::get(stage, kU, i);
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) to[e] *= kCopies ? silu_grad(gate[e], sigmoid<T>(gate[e])) : slope[e];
+      }
+      *at.piece(grad_u.at, i) = Piece<T>(to).word;
+    }
   }
 
   // The gradient of a copy of u or x in the result.
-  __device__ __forceinline__ void add_copy(int iteration, int piece, Section section, Floats& to) const {
-    if (!kCopies || !p.concat) return;
-    const int64_t column = static_cast<int>(section) * int64_t{p.columns};
-    const Piece<T> g = Stream<T>::at_row(at, params.grad_out, row_of(iteration), column).load(at, piece);
-    const uint32_t kept = dropped(iteration, piece, section);
+  __device__ __forceinline__ void add_copy(uint32_t stage, int64_t row, int i, Tensor tensor, Section section,
+                                           Floats& to) const {
+    if (!concat()) return;
+    const Piece<T> g = dropper.drop(R::get(stage, tensor, i), row, at.column_of(i), section);
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) to[e] += dropper.apply(kept, e, g[e]);
+    for (int e = 0; e < kElements; ++e) to[e] += g[e] * dropper.scale;
   }
 
-  // The block's sums, [2][columns]: teams of the same group, in the order of their slots, add to `block`.
-  __device__ __forceinline__ void finish(const TeamLayout& layout, float* sums, float* block) const {
-    const int columns = layout.groups * at.width, first = static_cast<int>(blockIdx.y) * columns;
+  // The block's sums, [2][columns]: teams of the same group, in the order of their slots. `block`: [slots][columns].
+  __device__ __forceinline__ void finish(float* sums, float* block) const {
+    const int columns = layout.groups * p.width(), first = static_cast<int>(blockIdx.y) * columns;
     const int count = min_int(columns, p.columns - first);
-    const int team = static_cast<int>(threadIdx.x) / at.lanes, mine = team / layout.groups;
-    const bool valid = mine < layout.slots && at.first < p.columns;
-    bool there[kPieces];
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) there[i] = valid && at.column_of(i) < at.first + at.width;
+    const int slot = static_cast<int>(threadIdx.x) / at.lanes() / layout.groups;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      for (int slot = 0; slot < layout.slots; ++slot) {
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          if (mine != slot || !there[i]) continue;
+      for (int i = 0; i < kPieces; ++i) {
+        if (!at.has(i)) continue;
+        float* const to = block + slot * columns + at.column_of(i) - first;
 #pragma unroll
-          for (int e = 0; e < kElements; ++e) {
-            float& x = block[at.column_of(i) - first + e];
-            const float sum = which ? sum_bias[i][e] : sum_weight[i][e];
-            x = slot ? x + sum : sum;
-          }
-        }
-        __syncthreads();
+        for (int e = 0; e < kElements; ++e) to[e] = (which ? sum_bias[i][e] : sum_weight[i][e]) * dropper.scale;
       }
+      __syncthreads();
       float* const to = sums + (int64_t{blockIdx.x} * 2 + which) * p.columns + first;
-      for (int c = static_cast<int>(threadIdx.x); c < count; c += kThreads) to[c] = block[c];
+      for (int c = static_cast<int>(threadIdx.x); c < count; c += kThreads) {
+        float total = 0;
+        for (int s = 0; s < layout.slots; ++s) total += block[s * columns + c];
+        to[c] = total;
+      }
       __syncthreads();
     }
   }
 };
 
-template <class T, Gate kGate, bool kSums>
+template <class T, Gate kGate, bool kSums, Team kTeam>
 __global__ void __launch_bounds__(kThreads, Config<kGate, kSums>::kBlocks)
-    norm_bwd_kernel(const __grid_constant__ NormBwdParams params, const TeamLayout layout, float* sums) {
+    norm_bwd_kernel(const __grid_constant__ NormBwdParams params, const __grid_constant__ TeamLayout layout,
+                    float* sums) {
+  using B = Backward<T, kGate, kSums, kTeam>;
   extern __shared__ uint4 memory[];
-  __shared__ float shared[kTeamSumFloats<4>];
-  Backward<T, kGate, kSums> rows(params, layout, shared);
-  Backward<T, kGate, kSums>::R::walk(
-      memory, rows.at.iterations, [&](uint32_t stage, int iteration) { rows.fetch(stage, iteration); },
-      [&](uint32_t stage, int iteration) { rows.run(stage, iteration); });
+  __shared__ float shared[kTeamSumFloats<3>];
+  B rows(params, layout, shared);
+  B::R::walk(
+      memory, rows.iterations, [&](uint32_t stage, unsigned iteration) { rows.fetch(stage, iteration); },
+      [&](uint32_t stage, unsigned iteration) { rows.run(stage, iteration); });
   if constexpr (kSums) {
+    if (!params.grad_weight) return;
     __syncthreads();  // the ring is free
-    rows.finish(layout, sums, reinterpret_cast<float*>(memory));
+    rows.finish(sums, reinterpret_cast<float*>(memory));
   }
 }
 
-constexpr int kSumColumns = 32, kSumSlices = 16;
+constexpr int kSumColumns = 8, kSumSlices = 64;
 
 // Each slice's sums in turn, then the slices'. blockIdx.y: weight, bias.
 __global__ void __launch_bounds__(kSumColumns* kSumSlices)
@@ -198,6 +238,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   __shared__ float slices[kSumSlices][kSumColumns];
   const int lane = static_cast<int>(threadIdx.x) % kSumColumns, slice = static_cast<int>(threadIdx.x) / kSumColumns;
   const int column = static_cast<int>(blockIdx.x) * kSumColumns + lane;
+  ptx::wait_for_last_kernel();
   float total = 0;
   if (column < columns) {
 #pragma unroll 8
@@ -206,6 +247,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   slices[slice][lane] = total;
   __syncthreads();
   if (slice > 0 || column >= columns) return;
+#pragma unroll 8
   for (int s = 1; s < kSumSlices; ++s) total += slices[s][lane];
   (blockIdx.y ? bias : weight)[column] = total;
 }
@@ -219,6 +261,10 @@ int summing_blocks(const NormProblem& p) {
   return blocks;
 }
 
+bool needs_sums(const NormBwdParams& params) {
+  return params.grad_weight || params.problem.weight || params.problem.bias;
+}
+
 Status clear_sums(const NormBwdParams& params, cudaStream_t stream) {
   for (void* to : {params.grad_weight, params.grad_bias})
     if (to) HSTU_TRY(cudaMemsetAsync(to, 0, sizeof(float) * params.problem.columns, stream));
@@ -229,9 +275,17 @@ Status clear_sums(const NormBwdParams& params, cudaStream_t stream) {
 
 Status column_sums(const NormBwdParams& params, const float* sums, int count, cudaStream_t stream) {
   const int columns = params.problem.columns;
-  column_sums_kernel<<<dim3(ceil_div(columns, kSumColumns), 2), kSumColumns * kSumSlices, 0, stream>>>(
-      sums, count, columns, static_cast<float*>(params.grad_weight), static_cast<float*>(params.grad_bias));
-  HSTU_TRY(cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ceil_div(columns, kSumColumns), 2);
+  config.blockDim = dim3(kSumColumns * kSumSlices);
+  config.stream = stream;
+  cudaLaunchAttribute early{};  // starts while the last blocks before it finish, and waits for them itself
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  HSTU_TRY(cudaLaunchKernelEx(&config, column_sums_kernel, sums, count, columns,
+                              static_cast<float*>(params.grad_weight), static_cast<float*>(params.grad_bias)));
   return {};
 }
 
@@ -247,26 +301,28 @@ Status norm_bwd(const NormBwdParams& params, void* workspace, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   if (p.dtype == DType::kFloat64) return {kNoFloat64};
   if (p.rows == 0) return clear_sums(params, queue);
-  float* const sums = params.grad_weight ? static_cast<float*>(workspace) : nullptr;
+  float* const sums = static_cast<float*>(workspace);
   if (!fits_teams(p) || !aligned(params.grad_out, p.dtype) || !aligned(params.grad_x, p.dtype) ||
       !aligned(params.grad_u, p.dtype))
-    return norm_any_bwd(params, sums, queue);
+    return norm_any_bwd(params, params.grad_weight ? sums : nullptr, queue);
   const TeamLayout layout = team_layout(p);
   const Status status = with_type(p.dtype, [&](auto element) {
     return with_gate(gate_of(p), [&](auto gate) {
-      return with_flag(sums != nullptr, [&](auto summed) -> Status {
-        using C = Config<gate.value, summed.value>;
-        constexpr int kBytes = Backward<decltype(element), gate.value, summed.value>::R::kBytes;
-        const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks)), group_blocks(p, layout));
-        const auto kernel = norm_bwd_kernel<decltype(element), gate.value, summed.value>;
-        HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-        kernel<<<grid, kThreads, kBytes, queue>>>(params, layout, sums);
-        HSTU_TRY(cudaGetLastError());
-        return {};
+      return with_flag(needs_sums(params), [&](auto summed) {
+        return with_team(p, layout, [&](auto team) -> Status {
+          using C = Config<gate.value, summed.value>;
+          constexpr int kBytes = Backward<decltype(element), gate.value, summed.value, team.value>::R::kBytes;
+          const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks)), group_blocks(p, layout));
+          const auto kernel = norm_bwd_kernel<decltype(element), gate.value, summed.value, team.value>;
+          HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+          kernel<<<grid, kThreads, kBytes, queue>>>(params, layout, sums);
+          HSTU_TRY(cudaGetLastError());
+          return {};
+        });
       });
     });
   });
-  return status.ok() && sums ? column_sums(params, sums, summing_blocks(p), queue) : status;
+  return status.ok() && params.grad_weight ? column_sums(params, sums, summing_blocks(p), queue) : status;
 }
 
 }  // namespace hstu_ops::cuda

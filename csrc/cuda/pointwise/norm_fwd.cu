@@ -1,5 +1,6 @@
-// The norm of rows, with or without a gate, forward: a team reads its group of a row once, sums x and its square in one
-// pass over its threads, and writes once.
+// The norm of rows, with or without a gate, forward: a team reads its group of kRows rows into registers, finds mean
+// and variance over its threads, and writes the results. No loop: blocks follow one another, and while one waits for
+// its rows others compute.
 #include "core/silu.h"
 #include "cuda/pointwise/sigmoid.h"
 #include "cuda/pointwise/team_launch.h"
@@ -7,111 +8,134 @@
 namespace hstu_ops::cuda {
 namespace {
 
-// Shared memory and registers of a block follow from these.
-template <Gate kGate>
+// Registers of a thread follow from these.
+template <Gate kGate, bool kAffine>
 struct Config {
-  static constexpr int kTensors = kGate == Gate::kNone ? 1 : 2;
-  static constexpr int kStages = kGate == Gate::kNone ? 6 : 4;
-  static constexpr int kBlocks = kGate == Gate::kNone ? 4 : kGate == Gate::kAny ? 2 : 3;  // of a processor
+  static constexpr int kRows = kGate == Gate::kAny ? 1 : 2;  // of a team
+  static constexpr int kBlocks = kGate == Gate::kNone && !kAffine ? 4
+                                 : kGate == Gate::kAny || kAffine ? 2
+                                                                  : 3;  // of a processor, at least
 };
 
-template <class T, Gate kGate>
+template <class T, Gate kGate, bool kAffine, Team kTeam>
 struct Forward {
-  using R = Ring<T, Config<kGate>::kTensors, Config<kGate>::kStages>;
+  static constexpr int kRows = Config<kGate, kAffine>::kRows, kElements = Piece<T>::kElements;
+  static constexpr bool kGated = kGate != Gate::kNone, kCopies = kGate == Gate::kAny;
   using Floats = typename Piece<T>::Floats;
-  static constexpr int kElements = Piece<T>::kElements;
-  static constexpr bool kCopies = kGate == Gate::kAny;
 
+  const NormFwdParams& params;
   const NormProblem& p;
-  const Place<T> at;
+  const TeamLayout& layout;
+  float* const shared;
+  const Place<T, kTeam> at;
   const Dropper dropper;
-  float* shared;
-  Stream<T> x, u, out;
-  int64_t section_bytes;  // from a section of the result to the next
+  const Stream<T> out;
+  const int64_t section_bytes;  // from a section of the result to the next
+  Piece<T> x[kRows][kPieces], u[kRows][kPieces];
 
   __device__ Forward(const NormFwdParams& params, const TeamLayout& layout, float* shared)
-      : p(params.problem), at(p, layout), dropper(p.dropout), shared(shared), x(at, p.x), out(at, params.out) {
-    if constexpr (kGate != Gate::kNone) u = Stream<T>(at, p.u);
-    section_bytes = kCopies && p.concat ? p.columns * int64_t{sizeof(T)} : 0;
+      : params(params),
+        p(params.problem),
+        layout(layout),
+        shared(shared),
+        at(p, layout, layout.slots * kRows),
+        dropper(p.dropout, layout.scale),
+        out(at, params.out, layout.slots),
+        section_bytes(kCopies && p.concat ? p.columns * int64_t{sizeof(T)} : 0) {}
+
+  __device__ int64_t row(int r) const { return at.row + r * layout.slots; }
+  __device__ bool exists(int r, int piece) const { return at.has(piece) && row(r) < p.rows; }
+
+  __device__ __forceinline__ void load(const Rows& tensor, Piece<T> (&to)[kRows][kPieces]) const {
+    const Stream<T> from(at, tensor, layout.slots);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (exists(r, i)) to[r][i] = Piece<T>(__ldcs(at.piece(from.at + r * from.step, i)));
   }
 
-  __device__ __forceinline__ void fetch(uint32_t stage, int iteration) {
-    R::fetch(stage, 0, at, iteration, x);
-    if constexpr (kGate != Gate::kNone) R::fetch(stage, 1, at, iteration, u);
-  }
-
-  __device__ __forceinline__ void run(uint32_t stage, int iteration) {
-    const float pivot = pivot_of<R>(at, stage, iteration, shared);
-    float sums[2] = {0, 0};  // of x - pivot and of its square
+  __device__ __forceinline__ void run() {
+    load(p.x, x);
+    if constexpr (kGated) load(p.u, u);
+    float mean[kRows], square[kRows];
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      if (iteration >= at.counts[piece]) continue;
-      const Piece<T> in = R::get(stage, 0, piece);
+    for (int r = 0; r < kRows; ++r) {
+      mean[r] = square[r] = 0;
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        const float z = in[e] - pivot;
-        sums[0] += z, sums[1] += z * z;
+      for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) mean[r] += x[r][i][e];
+    }
+    team_sum(mean, at.lanes(), shared);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      mean[r] *= layout.inverse;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        if (kTeam == Team::kAny && !at.has(i)) continue;
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) square[r] += (x[r][i][e] - mean[r]) * (x[r][i][e] - mean[r]);
       }
     }
-    team_sum(sums, at.lanes, shared);
-    const Statistics s(p, pivot, sums[0], sums[1]);
+    team_sum(square, at.lanes(), shared);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece)
-      if (iteration < at.counts[piece]) write(stage, iteration, piece, s);
-    out.advance();
+    for (int i = 0; i < kPieces; ++i) {
+      Floats weight, bias;
+      if (kAffine && at.has(i)) {
+        read_affine<T>(p.weight, at.column_of(i), 1.f, weight);
+        read_affine<T>(p.bias, at.column_of(i), 0.f, bias);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (exists(r, i)) write(r, i, Normed(mean[r], rsqrtf(square[r] * layout.inverse + layout.eps)), weight, bias);
+    }
   }
 
-  __device__ __forceinline__ void write(uint32_t stage, int iteration, int piece, const Statistics& s) const {
-    const Piece<T> in = R::get(stage, 0, piece);
-    Floats z;
+  __device__ __forceinline__ void write(int r, int i, const Normed& normed, const Floats& weight,
+                                        const Floats& bias) const {
+    Floats z, g;
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) z[e] = s.template normed<T>(in[e]);
-    with_affine(at, p.weight, piece, z, Times());
-    with_affine(at, p.bias, piece, z, Plus());
-    if constexpr (kGate != Gate::kNone) {
-      const Piece<T> gate = R::get(stage, 1, piece);
-      Floats g;
+    for (int e = 0; e < kElements; ++e) {
+      z[e] = normed.template of<T>(x[r][i][e]);
+      if constexpr (kAffine) z[e] = z[e] * weight[e] + bias[e];
+    }
+    if constexpr (kGated) {
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) g[e] = gate[e];
-      if (kGate == Gate::kSilu || (kGate == Gate::kAny && p.silu_u)) {
+      for (int e = 0; e < kElements; ++e) g[e] = u[r][i][e];
+      if (kGate == Gate::kSilu || (kCopies && p.silu_u)) {
 #pragma unroll
         for (int e = 0; e < kElements; ++e) g[e] = silu(g[e], sigmoid<T>(g[e]));
       }
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) z[e] *= g[e];
-      if constexpr (kCopies) {
-        put(iteration, piece, Section::kProduct, z);
-        if (!section_bytes) return;
-        put(iteration, piece, Section::kGate, g);
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) g[e] = in[e];
-        put(iteration, piece, Section::kInput, g);
-        return;
+      for (int e = 0; e < kElements; ++e) {
+        if constexpr (kCopies) g[e] *= dropper.scale;
+        z[e] *= g[e];
       }
     }
-    out.store(at, piece, z);
+    put(r, i, Section::kProduct, z);
+    if constexpr (kCopies) {
+      if (!section_bytes) return;
+      put(r, i, Section::kGate, g);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) g[e] = x[r][i][e] * dropper.scale;
+      put(r, i, Section::kInput, g);
+    }
   }
 
-  // With dropout.
-  __device__ __forceinline__ void put(int iteration, int piece, Section section, Floats& values) const {
-    const uint32_t kept = dropper.kept(at, at.row + iteration * at.step, piece, section);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) values[e] = dropper.apply(kept, e, values[e]);
-    Stream<T> to = out;
-    to.at += static_cast<int>(section) * section_bytes;
-    to.store(at, piece, values);
+  __device__ __forceinline__ void put(int r, int i, Section section, const Floats& values) const {
+    Piece<T> to(values);
+    if constexpr (kCopies) to = dropper.drop(to, row(r), at.column_of(i), section);
+    *at.piece(out.at + r * out.step + static_cast<int>(section) * section_bytes, i) = to.word;
   }
 };
 
-template <class T, Gate kGate>
-__global__ void __launch_bounds__(kThreads, Config<kGate>::kBlocks)
-    norm_fwd_kernel(const __grid_constant__ NormFwdParams params, const TeamLayout layout) {
-  extern __shared__ uint4 memory[];
-  __shared__ float shared[kTeamSumFloats<2>];
-  Forward<T, kGate> rows(params, layout, shared);
-  Forward<T, kGate>::R::walk(
-      memory, rows.at.iterations, [&](uint32_t stage, int iteration) { rows.fetch(stage, iteration); },
-      [&](uint32_t stage, int iteration) { rows.run(stage, iteration); });
+template <class T, Gate kGate, bool kAffine, Team kTeam>
+__global__ void __launch_bounds__(kThreads, Config<kGate, kAffine>::kBlocks)
+    norm_fwd_kernel(const __grid_constant__ NormFwdParams params, const __grid_constant__ TeamLayout layout) {
+  using F = Forward<T, kGate, kAffine, kTeam>;
+  __shared__ float shared[kTeamSumFloats<F::kRows>];
+  F(params, layout, shared).run();
 }
 
 }  // namespace
@@ -126,15 +150,17 @@ Status norm_fwd(const NormFwdParams& params, void*, void* stream) {
   if (!fits_teams(p) || !aligned(params.out, p.dtype)) return norm_any_fwd(params, queue);
   const TeamLayout layout = team_layout(p);
   return with_type(p.dtype, [&](auto element) {
-    return with_gate(gate_of(p), [&](auto gate) -> Status {
-      using C = Config<gate.value>;
-      constexpr int kBytes = Forward<decltype(element), gate.value>::R::kBytes;
-      const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks)), group_blocks(p, layout));
-      const auto kernel = norm_fwd_kernel<decltype(element), gate.value>;
-      HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-      kernel<<<grid, kThreads, kBytes, queue>>>(params, layout);
-      HSTU_TRY(cudaGetLastError());
-      return {};
+    return with_gate(gate_of(p), [&](auto gate) {
+      return with_flag(p.weight || p.bias, [&](auto affine) {
+        return with_team(p, layout, [&](auto team) -> Status {
+          const int64_t rows = int64_t{layout.slots} * Config<gate.value, affine.value>::kRows;
+          const dim3 grid(static_cast<unsigned>((p.rows + rows - 1) / rows), group_blocks(p, layout));
+          norm_fwd_kernel<decltype(element), gate.value, affine.value, team.value>
+              <<<grid, kThreads, 0, queue>>>(params, layout);
+          HSTU_TRY(cudaGetLastError());
+          return {};
+        });
+      });
     });
   });
 }

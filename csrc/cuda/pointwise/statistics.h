@@ -2,21 +2,25 @@
 #pragma once
 
 #include "cuda/pointwise/team.h"
+#include "cuda/ptx/math.h"
 
 namespace hstu_ops::cuda {
 
 // The sums of kCount numbers over a team, in every thread of it. All threads of the block call it alike.
 template <int kCount>
 __device__ __forceinline__ void team_sum(float (&x)[kCount], int lanes, float* shared) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    if (distance >= lanes) continue;
+  const auto add = [&](int distance) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) x[n] += __shfl_xor_sync(~0u, x[n], distance);
+  };
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    if (distance >= lanes) return;
+    add(distance);
   }
-  if (lanes <= 32) return;
+  if (lanes == 32) return;
   constexpr int kWarps = kThreads / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32, team_warps = lanes / 32, first = warp / team_warps * team_warps;
+  const int warp = static_cast<int>(threadIdx.x) / 32, first = warp & ~(lanes / 32 - 1);
   __syncthreads();  // the last sums have been read
 #pragma unroll
   for (int n = 0; n < kCount; ++n)
@@ -25,48 +29,22 @@ __device__ __forceinline__ void team_sum(float (&x)[kCount], int lanes, float* s
 #pragma unroll
   for (int n = 0; n < kCount; ++n) {
     x[n] = 0;
-    for (int w = 0; w < team_warps; ++w) x[n] += shared[n * kWarps + first + w];
+#pragma unroll 1
+    for (int w = 0; w < lanes / 32; ++w) x[n] += shared[n * kWarps + first + w];
   }
 }
 template <int kCount>
 constexpr int kTeamSumFloats = kCount * kThreads / 32;
 
-// A number near a group's elements, around which sums of squares lose next to nothing to cancellation, so that one pass
-// over the threads is enough for mean and variance: the mean of the first piece; for float32, and where a team has
-// several warps, the mean of all.
-template <class R, class T>
-__device__ __forceinline__ float pivot_of(const Place<T>& at, uint32_t stage, int iteration, float* shared) {
-  float total[1] = {0};
-  if (sizeof(T) < 4 && at.lanes <= 32) {
-    const Piece<T> x = R::get(stage, 0, 0);
-#pragma unroll
-    for (int e = 0; e < Piece<T>::kElements; ++e) total[0] += x[e];
-    return __shfl_sync(~0u, total[0] * (1.f / Piece<T>::kElements), 0, at.lanes);
-  }
-#pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    if (iteration >= at.counts[piece]) continue;
-    const Piece<T> x = R::get(stage, 0, piece);
-#pragma unroll
-    for (int e = 0; e < Piece<T>::kElements; ++e) total[0] += x[e];
-  }
-  team_sum(total, at.lanes, shared);
-  return total[0] / static_cast<float>(at.width);
-}
-
-struct Statistics {
+// (x - mean) * rstd
+struct Normed {
   float mean, rstd, offset;
 
-  // From the sums of x - pivot and its square.
-  __device__ Statistics(const NormProblem& p, float pivot, float sum, float squares) {
-    const float inverse = 1.f / static_cast<float>(p.width()), shift = sum * inverse;
-    mean = pivot + shift;
-    rstd = rsqrtf(fmaxf(squares * inverse - shift * shift, 0.f) + static_cast<float>(p.eps));
-    offset = -mean * rstd;
-  }
-  // (x - mean) * rstd; of the rounding of a 16-bit x nothing is added by multiplying first.
+  __device__ Normed(float mean, float rstd) : mean(mean), rstd(rstd), offset(-mean * rstd) {}
+
+  // Of the rounding of a 16-bit x nothing is added by multiplying first.
   template <class T>
-  __device__ float normed(float x) const {
+  __device__ float of(float x) const {
     return sizeof(T) < 4 ? x * rstd + offset : (x - mean) * rstd;
   }
 };
@@ -74,38 +52,48 @@ struct Statistics {
 // Dropout of a thread's elements.
 struct Dropper {
   const DropoutParams& p;
-  uint64_t seed = 0;
+  RandomWords state;
+  uint32_t add;  // to a number, and its bit 15 says whether the element is kept
   float scale;
 
-  __device__ explicit Dropper(const DropoutParams& p) : p(p), scale(static_cast<float>(p.scale)) {
-    if (p) seed = static_cast<uint64_t>(p.seed_values ? *p.seed_values : p.seed);
+  __device__ Dropper(const DropoutParams& p, float scale) : p(p), state{}, add(0), scale(scale) {
+    if (!p) return;
+    state = dropout_state(static_cast<uint64_t>(p.seed_values ? *p.seed_values : p.seed));
+    add = (0x8000 - p.threshold) * 0x10001u;
   }
 
-  // A bit for each element of a piece that is kept.
+  // All bits of a piece that are kept.
   template <class T>
-  __device__ __forceinline__ uint32_t kept(const Place<T>& at, int64_t row, int piece, Section section) const {
-    if (!p) return ~0u;
-    const int column = at.column_of(piece);
-    const RandomWords words = words_of(row, column, section);
-    uint32_t bits = 0;
-#pragma unroll
-    for (int e = 0; e < Place<T>::kElements; ++e)
-      bits |= (words.number(sizeof(T) < 4 ? e : column % 8 + e) >= p.threshold ? 1u : 0u) << e;
-    return bits;
+  __device__ __forceinline__ uint4 mask(int64_t row, int column, Section section) const {
+    const RandomWords words =
+        random_words(state, static_cast<uint64_t>(row), static_cast<uint32_t>(column / 8), section);
+    if constexpr (sizeof(T) == 2) {
+      return make_uint4(ptx::signs_of_halves(kept(words.x0)), ptx::signs_of_halves(kept(words.x1)),
+                        ptx::signs_of_halves(kept(words.x2)), ptx::signs_of_halves(kept(words.x3)));
+    } else {
+      const uint32_t x = kept(column & 4 ? words.x2 : words.x0), y = kept(column & 4 ? words.x3 : words.x1);
+      return make_uint4(ptx::sign_of_half(x, false), ptx::sign_of_half(x, true), ptx::sign_of_half(y, false),
+                        ptx::sign_of_half(y, true));
+    }
   }
-  __device__ __forceinline__ float apply(uint32_t kept, int e, float x) const {
-    return kept >> e & 1 ? x * scale : 0.f;
+  // x of a piece, 0 where an element is dropped; not scaled.
+  template <class T>
+  __device__ __forceinline__ Piece<T> drop(const Piece<T>& x, int64_t row, int column, Section section) const {
+    if (!p) return x;
+    const uint4 bits = mask<T>(row, column, section);
+    return Piece<T>(make_uint4(x.word.x & bits.x, x.word.y & bits.y, x.word.z & bits.z, x.word.w & bits.w));
   }
 
   __device__ __forceinline__ float apply(int64_t row, int column, Section section, float x) const {
     if (!p) return x;
-    return words_of(row, column, section).number(column % 8) >= p.threshold ? x * scale : 0.f;
+    const RandomWords words =
+        random_words(state, static_cast<uint64_t>(row), static_cast<uint32_t>(column / 8), section);
+    return words.number(column % 8) >= p.threshold ? x * scale : 0.f;
   }
 
  private:
-  __device__ __forceinline__ RandomWords words_of(int64_t row, int column, Section section) const {
-    return random_words(seed, static_cast<uint64_t>(row), static_cast<uint32_t>(column / 8), section);
-  }
+  // Bits 15 and 31: whether the elements of a word are kept.
+  __device__ uint32_t kept(uint32_t word) const { return (word & 0x7fff7fff) + add; }
 };
 
 }  // namespace hstu_ops::cuda

@@ -30,6 +30,9 @@ inline TeamLayout team_layout(const NormProblem& p) {
   const int teams = kThreads / layout.lanes;
   layout.groups = min_int(p.groups, teams);
   layout.slots = teams / layout.groups;
+  layout.inverse = 1.f / static_cast<float>(p.width());
+  layout.eps = static_cast<float>(p.eps);
+  layout.scale = p.dropout ? static_cast<float>(p.dropout.scale) : 1.f;
   return layout;
 }
 
@@ -75,6 +78,12 @@ Status with_type(DType dtype, F&& f) {
 template <class F>
 Status with_flag(bool flag, F&& f) {
   return flag ? f(std::true_type{}) : f(std::false_type{});
+}
+template <class F>
+Status with_team(const NormProblem& p, const TeamLayout& layout, F&& f) {
+  const bool warp = layout.lanes == 32 && p.width() * element_size(p.dtype) == 32 * kPieces * 16;
+  return with_flag(
+      warp, [&](auto yes) { return f(std::integral_constant < Team, yes.value ? Team::kWarp : Team::kAny > {}); });
 }
 template <class F>
 Status with_gate(Gate gate, F&& f) {

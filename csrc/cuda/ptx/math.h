@@ -1,12 +1,37 @@
-// The hardware's approximate tanh: one instruction, absolute error below 2^-10.9.
+// The hardware's approximate functions of one instruction, and bytes of a word.
 #pragma once
+
+#include <cstdint>
 
 namespace hstu_ops::ptx {
 
+// Absolute error below 2^-10.9.
 __device__ __forceinline__ float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// 2^x and 1 / x, relative error of a few units of float32; what is below 2^-126 becomes 0.
+__device__ __forceinline__ float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Each half of a word filled with its own highest bit; or the word with that of its lower or upper half.
+__device__ __forceinline__ uint32_t signs_of_halves(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ uint32_t sign_of_half(uint32_t x, bool upper) {
+  return static_cast<uint32_t>(static_cast<int32_t>(upper ? x : x << 16) >> 31);
 }
 
 }  // namespace hstu_ops::ptx
