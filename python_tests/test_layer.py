@@ -106,6 +106,43 @@ def test_stack(device):
     compare({}, MASKS["targets"], torch.float32, device, kind="HSTU", layers=3, bias=True)
 
 
+@pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
+def test_stack_in_a_cuda_graph(training, device):
+    """A step is captured once and replayed on other contents of its tensors."""
+    if device == "cpu":
+        pytest.skip("graphs are of GPUs")
+    stack, given, other = (
+        build(HSTU, torch.bfloat16, device, bias=True, dims=(8, 8), layers=2),
+        batch(torch.bfloat16, device, times=True),
+        batch(torch.bfloat16, device, times=True, seed=1),
+    )
+
+    grad_out = torch.ones_like(given["x"])
+
+    def run(arguments):
+        with torch.set_grad_enabled(training):
+            out = stack(**arguments)
+        leaves = [arguments["x"], *stack.parameters()]
+        return [out.detach(), *(torch.autograd.grad(out, leaves, grad_out) if training else ())]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(given)
+    want = [x.clone() for x in run(other)]
+    with torch.no_grad():
+        for name, x in other.items():
+            given[name].copy_(x)
+    graph.replay()
+    for x, y in zip(captured, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+    assert torch.equal(captured[0], want[0])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_formula(variant):
     """One sequence, the formula of the paper with nothing but torch."""

@@ -49,14 +49,15 @@ struct AnyRow {
   }
 
   // Called by all threads of a block alike: mean and 1 / deviation of a group.
-  __device__ float2 statistics(int group, bool exists, float* shared) const {
+  template <int kMost>
+  __device__ float2 statistics(int group, bool exists, TeamSum<kMost>& team_sum) const {
     const float width = static_cast<float>(p.width());
     float total[1] = {0}, square[1] = {0};
     if (exists) each(group, [&](int c) { total[0] += x(c); });
-    team_sum(total, lanes, shared);
+    team_sum(total);
     const float mean = total[0] / width;
     if (exists) each(group, [&](int c) { square[0] += (x(c) - mean) * (x(c) - mean); });
-    team_sum(square, lanes, shared);
+    team_sum(square);
     return make_float2(mean, rsqrtf(square[0] / width + static_cast<float>(p.eps)));
   }
 };
@@ -64,7 +65,8 @@ struct AnyRow {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     norm_any_fwd_kernel(const __grid_constant__ NormFwdParams params, int lanes) {
-  __shared__ float shared[kTeamSumFloats<1>];
+  __shared__ float shared[TeamSum<1>::kFloats];
+  TeamSum<1> team_sum(shared, lanes);
   const NormProblem& p = params.problem;
   const int64_t row = int64_t{blockIdx.x} * (kThreads / lanes) + static_cast<int>(threadIdx.x) / lanes;
   const bool exists = row < p.rows;
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     *AnyRow<T>::element(params.out, row, r.column(c, section)) = static_cast<T>(r.dropped(c, section, v));
   };
   for (int group = 0; group < p.groups; ++group) {
-    const float2 s = r.statistics(group, exists, shared);
+    const float2 s = r.statistics(group, exists, team_sum);
     if (!exists) continue;
     r.each(group, [&](int c) {
       const float gate = r.gate(c);
@@ -88,14 +90,14 @@ __global__ void __launch_bounds__(kThreads, 4)
 // sums: [teams][2][columns]; each entry belongs to one thread.
 template <class T>
 __device__ void any_row_backward(const NormBwdParams& params, const AnyRow<T>& r, bool exists, float* sums,
-                                 float* shared) {
+                                 TeamSum<2>& team_sum) {
   const NormProblem& p = r.p;
   const auto grad = [&](int c, Section section) {
     const float g = static_cast<float>(*AnyRow<T>::element(params.grad_out, r.row, r.column(c, section)));
     return r.dropped(c, section, g);
   };
   for (int group = 0; group < p.groups; ++group) {
-    const float2 s = r.statistics(group, exists, shared);
+    const float2 s = r.statistics(group, exists, team_sum);
     float means[2] = {0, 0};
     if (exists)
       r.each(group, [&](int c) {
@@ -107,7 +109,7 @@ __device__ void any_row_backward(const NormBwdParams& params, const AnyRow<T>& r
         sums[c] += d * normed;
         sums[p.columns + c] += d;
       });
-    team_sum(means, r.lanes, shared);
+    team_sum(means);
     if (!exists) continue;
     const float inverse = 1.f / static_cast<float>(p.width());
     r.each(group, [&](int c) {
@@ -130,7 +132,8 @@ __device__ void any_row_backward(const NormBwdParams& params, const AnyRow<T>& r
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     norm_any_bwd_kernel(const __grid_constant__ NormBwdParams params, int lanes, float* sums) {
-  __shared__ float shared[kTeamSumFloats<2>];
+  __shared__ float shared[TeamSum<2>::kFloats];
+  TeamSum<2> team_sum(shared, lanes);
   const NormProblem& p = params.problem;
   const int teams = kThreads / lanes, team = static_cast<int>(threadIdx.x) / lanes;
   if (sums) {
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   const int64_t step = int64_t{gridDim.x} * teams;
   for (int64_t base = int64_t{blockIdx.x} * teams; base < p.rows; base += step)
-    any_row_backward(params, AnyRow<T>(p, base + team, lanes), base + team < p.rows, sums, shared);
+    any_row_backward(params, AnyRow<T>(p, base + team, lanes), base + team < p.rows, sums, team_sum);
 }
 
 int any_lanes(const NormProblem& p) { return p.width() <= 1024 ? 32 : kThreads; }

@@ -38,7 +38,6 @@ struct Backward {
   const NormBwdParams& params;
   const NormProblem& p;
   const TeamLayout& layout;
-  float* const shared;
   const Place<T, kTeam> at;
   const Dropper dropper;
   const int64_t step;   // from a row of a team to the next
@@ -47,11 +46,10 @@ struct Backward {
   Stream<T> x, u, grad, grad_of_gate, grad_of_input, grad_x, grad_u;
   float sum_weight[kPieces][kElements], sum_bias[kPieces][kElements];
 
-  __device__ Backward(const NormBwdParams& params, const TeamLayout& layout, float* shared)
+  __device__ Backward(const NormBwdParams& params, const TeamLayout& layout)
       : params(params),
         p(params.problem),
         layout(layout),
-        shared(shared),
         at(p, layout, layout.slots),
         dropper(p.dropout, layout.scale),
         step(int64_t{gridDim.x} * layout.slots) {
@@ -85,7 +83,8 @@ struct Backward {
     R::fetch(stage, kGradOfInput, at, exists, grad_of_input);
   }
 
-  __device__ __forceinline__ void run(uint32_t stage, unsigned iteration) {
+  __device__ __forceinline__ void run(uint32_t stage, unsigned iteration, float* shared) {
+    TeamSum<3> team_sum(shared, at.lanes());  // its two places are each used once a row
     const int64_t row = at.row + iteration * step;
     const bool exists = iteration < count;
     float mean[1] = {0};
@@ -96,7 +95,7 @@ struct Backward {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) mean[0] += in[e];
     }
-    team_sum(mean, at.lanes(), shared);
+    team_sum(mean);
     mean[0] *= layout.inverse;
 
     float sums[3] = {0, 0, 0};  // of z's square, of the gradient d of the norm's result, of d z, where z = x - mean
@@ -114,7 +113,7 @@ struct Backward {
         sums[0] += z * z, sums[1] += weighted, sums[2] += weighted * z;
       }
     }
-    team_sum(sums, at.lanes(), shared);
+    team_sum(sums);
     const Normed normed(mean[0], rsqrtf(sums[0] * layout.inverse + layout.eps));
     // What the mean and the variance take from each element's gradient: shift + slope * (x - mean) * rstd.
     const float scaled = normed.rstd * dropper.scale, per_column = scaled * layout.inverse;
@@ -218,11 +217,11 @@ __global__ void __launch_bounds__(kThreads, Config<kGate, kSums>::kBlocks)
                     float* sums) {
   using B = Backward<T, kGate, kSums, kTeam>;
   extern __shared__ uint4 memory[];
-  __shared__ float shared[kTeamSumFloats<3>];
-  B rows(params, layout, shared);
+  __shared__ float shared[TeamSum<3>::kFloats];
+  B rows(params, layout);
   B::R::walk(
       memory, rows.iterations, [&](uint32_t stage, unsigned iteration) { rows.fetch(stage, iteration); },
-      [&](uint32_t stage, unsigned iteration) { rows.run(stage, iteration); });
+      [&](uint32_t stage, unsigned iteration) { rows.run(stage, iteration, shared); });
   if constexpr (kSums) {
     if (!params.grad_weight) return;
     __syncthreads();  // the ring is free

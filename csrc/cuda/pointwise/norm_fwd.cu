@@ -26,18 +26,16 @@ struct Forward {
   const NormFwdParams& params;
   const NormProblem& p;
   const TeamLayout& layout;
-  float* const shared;
   const Place<T, kTeam> at;
   const Dropper dropper;
   const Stream<T> out;
   const int64_t section_bytes;  // from a section of the result to the next
   Piece<T> x[kRows][kPieces], u[kRows][kPieces];
 
-  __device__ Forward(const NormFwdParams& params, const TeamLayout& layout, float* shared)
+  __device__ Forward(const NormFwdParams& params, const TeamLayout& layout)
       : params(params),
         p(params.problem),
         layout(layout),
-        shared(shared),
         at(p, layout, layout.slots * kRows),
         dropper(p.dropout, layout.scale),
         out(at, params.out, layout.slots),
@@ -55,7 +53,8 @@ struct Forward {
         if (exists(r, i)) to[r][i] = Piece<T>(__ldcs(at.piece(from.at + r * from.step, i)));
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run(float* shared) {
+    TeamSum<kRows> team_sum(shared, at.lanes());
     load(p.x, x);
     if constexpr (kGated) load(p.u, u);
     float mean[kRows], square[kRows];
@@ -67,7 +66,7 @@ struct Forward {
 #pragma unroll
         for (int e = 0; e < kElements; ++e) mean[r] += x[r][i][e];
     }
-    team_sum(mean, at.lanes(), shared);
+    team_sum(mean);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       mean[r] *= layout.inverse;
@@ -78,7 +77,7 @@ struct Forward {
         for (int e = 0; e < kElements; ++e) square[r] += (x[r][i][e] - mean[r]) * (x[r][i][e] - mean[r]);
       }
     }
-    team_sum(square, at.lanes(), shared);
+    team_sum(square);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       Floats weight, bias;
@@ -134,8 +133,8 @@ template <class T, Gate kGate, bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, Config<kGate, kAffine>::kBlocks)
     norm_fwd_kernel(const __grid_constant__ NormFwdParams params, const __grid_constant__ TeamLayout layout) {
   using F = Forward<T, kGate, kAffine, kTeam>;
-  __shared__ float shared[kTeamSumFloats<F::kRows>];
-  F(params, layout, shared).run();
+  __shared__ float shared[TeamSum<F::kRows>::kFloats];
+  F(params, layout).run(shared);
 }
 
 }  // namespace

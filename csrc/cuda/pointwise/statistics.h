@@ -3,38 +3,54 @@
 
 #include "cuda/pointwise/team.h"
 #include "cuda/ptx/math.h"
+#include "cuda/ptx/named_barrier.h"
 
 namespace hstu_ops::cuda {
 
-// The sums of kCount numbers over a team, in every thread of it. All threads of the block call it alike.
-template <int kCount>
-__device__ __forceinline__ void team_sum(float (&x)[kCount], int lanes, float* shared) {
-  const auto add = [&](int distance) {
+// The sums of up to kMost numbers over a team, in every thread of it; all its threads call it alike. A team of several
+// warps meets at a barrier of its own once a call, as calls write to two places in turn: who writes to a place again
+// has met the others since they read it.
+template <int kMost>
+struct TeamSum {
+  static constexpr int kWarps = kThreads / 32, kFloats = 2 * kMost * kWarps;
+
+  float* const shared;
+  const int lanes;
+  int place = 0;
+
+  __device__ TeamSum(float* shared, int lanes) : shared(shared), lanes(lanes) {}
+
+  template <int kCount>
+  __device__ __forceinline__ void operator()(float (&x)[kCount]) {
+    static_assert(kCount <= kMost, "places hold fewer");
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) x[n] += __shfl_xor_sync(~0u, x[n], distance);
-  };
+    for (int distance = 1; distance < 32; distance *= 2) {
+      if (distance >= lanes) return;
 #pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    if (distance >= lanes) return;
-    add(distance);
+      for (int n = 0; n < kCount; ++n) x[n] += __shfl_xor_sync(~0u, x[n], distance);
+    }
+    if (lanes > 32) over_warps(x);
   }
-  if (lanes == 32) return;
-  constexpr int kWarps = kThreads / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32, first = warp & ~(lanes / 32 - 1);
-  __syncthreads();  // the last sums have been read
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void over_warps(float (&x)[kCount]) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, first = warp & ~(lanes / 32 - 1);
+    float* const at = shared + place;
+    place = kMost * kWarps - place;
+    if (threadIdx.x % 32 == 0) {
 #pragma unroll
-  for (int n = 0; n < kCount; ++n)
-    if (threadIdx.x % 32 == 0) shared[n * kWarps + warp] = x[n];
-  __syncthreads();
+      for (int n = 0; n < kCount; ++n) at[n * kWarps + warp] = x[n];
+    }
+    ptx::named_barrier_sync(1 + first, lanes);
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-    x[n] = 0;
+    for (int n = 0; n < kCount; ++n) {
+      x[n] = 0;
 #pragma unroll 1
-    for (int w = 0; w < lanes / 32; ++w) x[n] += shared[n * kWarps + first + w];
+      for (int w = 0; w < lanes / 32; ++w) x[n] += at[n * kWarps + first + w];
+    }
   }
-}
-template <int kCount>
-constexpr int kTeamSumFloats = kCount * kThreads / 32;
+};
 
 // (x - mean) * rstd
 struct Normed {
