@@ -6,6 +6,7 @@
 #include "core/silu.h"
 #include "cuda/pointwise/sigmoid.h"
 #include "cuda/pointwise/team_launch.h"
+#include "cuda/pointwise/walk.h"
 #include "cuda/ptx/launch.h"
 
 namespace hstu_ops::cuda {
@@ -16,9 +17,7 @@ template <Gate kGate, bool kSums>
 struct Config {
   static constexpr int kTensors = kGate == Gate::kNone ? 2 : kGate == Gate::kAny ? 5 : 3;
   static constexpr int kStages = 2;
-  static constexpr int kBlocks = kGate == Gate::kNone && !kSums    ? 4
-                                 : kGate == Gate::kPlain && !kSums ? 3
-                                                                   : 2;  // of a processor
+  static constexpr int kBlocks = kGate == Gate::kPlain && !kSums ? 3 : 2;  // of a processor
 };
 
 // What a row's mean and variance take from the gradient of its elements, and what is left of each.
@@ -40,22 +39,20 @@ struct Backward {
   const TeamLayout& layout;
   const Place<T, kTeam> at;
   const Dropper dropper;
-  const int64_t step;   // from a row of a team to the next
-  unsigned iterations;  // of the block
-  unsigned count;       // rows of the team
+  const Span span;
+  const SharedAffine<T> affine;
   Stream<T> x, u, grad, grad_of_gate, grad_of_input, grad_x, grad_u;
   float sum_weight[kPieces][kElements], sum_bias[kPieces][kElements];
 
-  __device__ Backward(const NormBwdParams& params, const TeamLayout& layout)
+  __device__ Backward(const NormBwdParams& params, const TeamLayout& layout, void* memory)
       : params(params),
         p(params.problem),
         layout(layout),
         at(p, layout, layout.slots),
         dropper(p.dropout, layout.scale),
-        step(int64_t{gridDim.x} * layout.slots) {
-    const auto rows_from = [&](int64_t row) { return static_cast<unsigned>((p.rows - row + step - 1) / step); };
-    iterations = rows_from(int64_t{blockIdx.x} * layout.slots);
-    count = at.row < p.rows ? rows_from(at.row) : 0;
+        span(at),
+        affine(kSums ? SharedAffine<T>(at, ptx::shared_address(memory) + R::kBytes) : SharedAffine<T>()) {
+    const int64_t step = span.step;
     x = Stream<T>(at, p.x, step);
     grad = Stream<T>(at, params.grad_out, step, concat() ? 2 * int64_t{p.columns} : 0);
     grad_x = Stream<T>(at, params.grad_x, step);
@@ -74,7 +71,7 @@ struct Backward {
   __device__ bool with_silu() const { return kGate == Gate::kSilu || (kCopies && p.silu_u); }
 
   __device__ __forceinline__ void fetch(uint32_t stage, unsigned iteration) {
-    const bool exists = iteration < count;
+    const bool exists = iteration < span.count;
     R::fetch(stage, kX, at, exists, x);
     R::fetch(stage, kGrad, at, exists, grad);
     if constexpr (kGated) R::fetch(stage, kU, at, exists, u);
@@ -85,8 +82,8 @@ struct Backward {
 
   __device__ __forceinline__ void run(uint32_t stage, unsigned iteration, float* shared) {
     TeamSum<3> team_sum(shared, at.lanes());  // its two places are each used once a row
-    const int64_t row = at.row + iteration * step;
-    const bool exists = iteration < count;
+    const int64_t row = at.row + iteration * span.step;
+    const bool exists = iteration < span.count;
     float mean[1] = {0};
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
@@ -106,7 +103,7 @@ struct Backward {
       gradients(stage, row, i, d[i], slope[i]);
       const Piece<T> in = R::get(stage, kX, i);
       Floats weight;
-      if constexpr (kSums) read_affine<T>(p.weight, at.column_of(i), 1.f, weight);
+      if constexpr (kSums) affine.weight(i, weight);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         const float z = in[e] - mean[0], weighted = kSums ? d[i][e] * weight[e] : d[i][e];
@@ -148,7 +145,7 @@ struct Backward {
                                         const Normed& normed, const Taken& taken) {
     const Piece<T> in = R::get(stage, kX, i);
     Floats weight, bias, to;
-    if constexpr (kSums) read_affine<T>(p.weight, at.column_of(i), 1.f, weight);
+    if constexpr (kSums) affine.weight(i, weight);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const float y = normed.template of<T>(in[e]);
@@ -158,7 +155,7 @@ struct Backward {
     add_copy(stage, row, i, kGradOfInput, Section::kInput, to);
     *at.piece(grad_x.at, i) = Piece<T>(to).word;
     if constexpr (kGated) {
-      if constexpr (kSums) read_affine<T>(p.bias, at.column_of(i), 0.f, bias);
+      if constexpr (kSums) affine.bias(i, bias);
       const Piece<T> g = R::get(stage, kGrad, i);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
@@ -218,9 +215,9 @@ __global__ void __launch_bounds__(kThreads, Config<kGate, kSums>::kBlocks)
   using B = Backward<T, kGate, kSums, kTeam>;
   extern __shared__ uint4 memory[];
   __shared__ float shared[TeamSum<3>::kFloats];
-  B rows(params, layout);
+  B rows(params, layout, memory);
   B::R::walk(
-      memory, rows.iterations, [&](uint32_t stage, unsigned iteration) { rows.fetch(stage, iteration); },
+      memory, rows.span.iterations, [&](uint32_t stage, unsigned iteration) { rows.fetch(stage, iteration); },
       [&](uint32_t stage, unsigned iteration) { rows.run(stage, iteration, shared); });
   if constexpr (kSums) {
     if (!params.grad_weight) return;
@@ -231,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, Config<kGate, kSums>::kBlocks)
 
 constexpr int kSumColumns = 8, kSumSlices = 64;
 
-// Each slice's sums in turn, then the slices'. blockIdx.y: weight, bias.
+// Each slice's sums in turn, then the slices' in pairs. blockIdx.y: weight, bias.
 __global__ void __launch_bounds__(kSumColumns* kSumSlices)
     column_sums_kernel(const float* sums, int count, int columns, float* weight, float* bias) {
   __shared__ float slices[kSumSlices][kSumColumns];
@@ -244,11 +241,12 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
     for (int b = slice; b < count; b += kSumSlices) total += sums[(int64_t{b} * 2 + blockIdx.y) * columns + column];
   }
   slices[slice][lane] = total;
-  __syncthreads();
-  if (slice > 0 || column >= columns) return;
-#pragma unroll 8
-  for (int s = 1; s < kSumSlices; ++s) total += slices[s][lane];
-  (blockIdx.y ? bias : weight)[column] = total;
+#pragma unroll
+  for (int half = kSumSlices / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (slice < half) slices[slice][lane] += slices[slice + half][lane];
+  }
+  if (slice == 0 && column < columns) (blockIdx.y ? bias : weight)[column] = slices[0][lane];
 }
 
 int summing_blocks(const NormProblem& p) {
@@ -282,7 +280,7 @@ Status column_sums(const NormBwdParams& params, const float* sums, int count, cu
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = 1;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor, 8) >= 9 ? 1 : 0;
   HSTU_TRY(cudaLaunchKernelEx(&config, column_sums_kernel, sums, count, columns,
                               static_cast<float*>(params.grad_weight), static_cast<float*>(params.grad_bias)));
   return {};
@@ -313,8 +311,10 @@ Status norm_bwd(const NormBwdParams& params, void* workspace, void* stream) {
           constexpr int kBytes = Backward<decltype(element), gate.value, summed.value, team.value>::R::kBytes;
           const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks)), group_blocks(p, layout));
           const auto kernel = norm_bwd_kernel<decltype(element), gate.value, summed.value, team.value>;
-          HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-          kernel<<<grid, kThreads, kBytes, queue>>>(params, layout, sums);
+          const int bytes =
+              kBytes + (summed.value ? static_cast<int>(SharedAffine<decltype(element)>::bytes(layout)) : 0);
+          HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+          kernel<<<grid, kThreads, bytes, queue>>>(params, layout, sums);
           HSTU_TRY(cudaGetLastError());
           return {};
         });

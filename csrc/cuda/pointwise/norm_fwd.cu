@@ -1,20 +1,23 @@
 // The norm of rows, with or without a gate, forward: a team reads its group of kRows rows into registers, finds mean
-// and variance over its threads, and writes the results. No loop: blocks follow one another, and while one waits for
-// its rows others compute.
+// and variance over its threads, and writes the results. Blocks follow one another, and while one waits for its rows
+// others compute. Where a thread has more to prepare (weights, dropout), blocks stay and walk over rows as those of
+// norm_bwd.cu do.
 #include "core/silu.h"
 #include "cuda/pointwise/sigmoid.h"
 #include "cuda/pointwise/team_launch.h"
+#include "cuda/pointwise/walk.h"
 
 namespace hstu_ops::cuda {
 namespace {
 
+constexpr int kStages = 2;  // of rows on their way, where blocks stay
+
 // Registers of a thread follow from these.
 template <Gate kGate, bool kAffine>
 struct Config {
-  static constexpr int kRows = kGate == Gate::kAny ? 1 : 2;  // of a team
-  static constexpr int kBlocks = kGate == Gate::kNone && !kAffine ? 4
-                                 : kGate == Gate::kAny || kAffine ? 2
-                                                                  : 3;  // of a processor, at least
+  static constexpr bool kStays = kGate == Gate::kAny || (kGate != Gate::kNone && kAffine);
+  static constexpr int kRows = kStays ? 1 : 2;                              // of a team
+  static constexpr int kBlocks = kGate == Gate::kNone && !kAffine ? 4 : 3;  // of a processor, at least
 };
 
 template <class T, Gate kGate, bool kAffine, Team kTeam>
@@ -28,8 +31,9 @@ struct Forward {
   const TeamLayout& layout;
   const Place<T, kTeam> at;
   const Dropper dropper;
-  const Stream<T> out;
   const int64_t section_bytes;  // from a section of the result to the next
+  Stream<T> out;
+  int64_t first_row;
   Piece<T> x[kRows][kPieces], u[kRows][kPieces];
 
   __device__ Forward(const NormFwdParams& params, const TeamLayout& layout)
@@ -38,10 +42,11 @@ struct Forward {
         layout(layout),
         at(p, layout, layout.slots * kRows),
         dropper(p.dropout, layout.scale),
+        section_bytes(kCopies && p.concat ? p.columns * int64_t{sizeof(T)} : 0),
         out(at, params.out, layout.slots),
-        section_bytes(kCopies && p.concat ? p.columns * int64_t{sizeof(T)} : 0) {}
+        first_row(at.row) {}
 
-  __device__ int64_t row(int r) const { return at.row + r * layout.slots; }
+  __device__ int64_t row(int r) const { return first_row + r * layout.slots; }
   __device__ bool exists(int r, int piece) const { return at.has(piece) && row(r) < p.rows; }
 
   __device__ __forceinline__ void load(const Rows& tensor, Piece<T> (&to)[kRows][kPieces]) const {
@@ -54,9 +59,43 @@ struct Forward {
   }
 
   __device__ __forceinline__ void run(float* shared) {
-    TeamSum<kRows> team_sum(shared, at.lanes());
     load(p.x, x);
     if constexpr (kGated) load(p.u, u);
+    compute(shared, [&](int i, Floats& weight, Floats& bias) {
+      if (!at.has(i)) return;
+      read_affine<T>(p.weight, at.column_of(i), 1.f, weight);
+      read_affine<T>(p.bias, at.column_of(i), 0.f, bias);
+    });
+  }
+
+  // As run, for a block that stays.
+  __device__ __forceinline__ void walk(void* memory, float* shared) {
+    using R = Ring<T, 2, kStages>;
+    static_assert(kRows == 1, "a stage holds one row of a team");
+    const Span span(at);
+    const SharedAffine<T> affine =
+        kAffine ? SharedAffine<T>(at, ptx::shared_address(memory) + R::kBytes) : SharedAffine<T>();
+    Stream<T> x_rows(at, p.x, span.step), u_rows(at, p.u, span.step);
+    out = Stream<T>(at, params.out, span.step);
+    R::walk(
+        memory, span.iterations,
+        [&](uint32_t stage, unsigned iteration) {
+          R::fetch(stage, 0, at, iteration < span.count, x_rows);
+          R::fetch(stage, 1, at, iteration < span.count, u_rows);
+        },
+        [&](uint32_t stage, unsigned) {
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i)
+            if (exists(0, i)) x[0][i] = R::get(stage, 0, i), u[0][i] = R::get(stage, 1, i);
+          compute(shared, [&](int i, Floats& weight, Floats& bias) { affine.weight(i, weight), affine.bias(i, bias); });
+          first_row += span.step;
+          out.advance();
+        });
+  }
+
+  template <class ReadAffine>
+  __device__ __forceinline__ void compute(float* shared, ReadAffine&& read) {
+    TeamSum<kRows> team_sum(shared, at.lanes());  // its two places are each used once
     float mean[kRows], square[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -81,10 +120,7 @@ struct Forward {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       Floats weight, bias;
-      if (kAffine && at.has(i)) {
-        read_affine<T>(p.weight, at.column_of(i), 1.f, weight);
-        read_affine<T>(p.bias, at.column_of(i), 0.f, bias);
-      }
+      if constexpr (kAffine) read(i, weight, bias);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
         if (exists(r, i)) write(r, i, Normed(mean[r], rsqrtf(square[r] * layout.inverse + layout.eps)), weight, bias);
@@ -133,8 +169,13 @@ template <class T, Gate kGate, bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, Config<kGate, kAffine>::kBlocks)
     norm_fwd_kernel(const __grid_constant__ NormFwdParams params, const __grid_constant__ TeamLayout layout) {
   using F = Forward<T, kGate, kAffine, kTeam>;
+  extern __shared__ uint4 memory[];
   __shared__ float shared[TeamSum<F::kRows>::kFloats];
-  F(params, layout).run(shared);
+  F forward(params, layout);
+  if constexpr (Config<kGate, kAffine>::kStays)
+    forward.walk(memory, shared);
+  else
+    forward.run(shared);
 }
 
 }  // namespace
@@ -152,10 +193,18 @@ Status norm_fwd(const NormFwdParams& params, void*, void* stream) {
     return with_gate(gate_of(p), [&](auto gate) {
       return with_flag(p.weight || p.bias, [&](auto affine) {
         return with_team(p, layout, [&](auto team) -> Status {
-          const int64_t rows = int64_t{layout.slots} * Config<gate.value, affine.value>::kRows;
-          const dim3 grid(static_cast<unsigned>((p.rows + rows - 1) / rows), group_blocks(p, layout));
-          norm_fwd_kernel<decltype(element), gate.value, affine.value, team.value>
-              <<<grid, kThreads, 0, queue>>>(params, layout);
+          using C = Config<gate.value, affine.value>;
+          const auto kernel = norm_fwd_kernel<decltype(element), gate.value, affine.value, team.value>;
+          const int64_t rows = int64_t{layout.slots} * C::kRows;
+          dim3 grid(static_cast<unsigned>((p.rows + rows - 1) / rows), group_blocks(p, layout));
+          int bytes = 0;
+          if constexpr (C::kStays) {
+            grid.x = static_cast<unsigned>(row_blocks(p, layout, C::kBlocks));
+            bytes = Ring<decltype(element), 2, kStages>::kBytes +
+                    (affine.value ? static_cast<int>(SharedAffine<decltype(element)>::bytes(layout)) : 0);
+            HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+          }
+          kernel<<<grid, kThreads, bytes, queue>>>(params, layout);
           HSTU_TRY(cudaGetLastError());
           return {};
         });

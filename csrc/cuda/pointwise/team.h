@@ -10,8 +10,6 @@
 #include <type_traits>
 
 #include "core/pointwise.h"
-#include "cuda/ptx/cp_async.h"
-#include "cuda/ptx/memory.h"
 
 namespace hstu_ops::cuda {
 
@@ -115,53 +113,6 @@ __device__ __forceinline__ void read_affine(const void* values, int column, floa
     to[e] = x.x, to[e + 1] = x.y, to[e + 2] = x.z, to[e + 3] = x.w;
   }
 }
-
-// kStages rows of kTensors tensors in shared memory; each thread's pieces are in places that no other thread uses, so
-// nothing needs a barrier. A stage is the address of this thread's first piece.
-template <class T, int kTensors, int kStages>
-struct Ring {
-  static constexpr int kStageBytes = kTensors * kPieces * kThreads * 16;
-  static constexpr int kBytes = kStages * kStageBytes;
-
-  __device__ static uint32_t at(uint32_t stage, int tensor, int piece) {
-    return stage + (tensor * kPieces + piece) * kThreads * 16;
-  }
-  template <class P>
-  __device__ static void fetch(uint32_t stage, int tensor, const P& place, bool exists, Stream<T>& from) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      if (exists && place.has(i)) ptx::cp_async_16(at(stage, tensor, i), place.piece(from.at, i), 16);
-    from.advance();
-  }
-  __device__ static Piece<T> get(uint32_t stage, int tensor, int piece) {
-    return Piece<T>(ptx::ld_shared_u4(at(stage, tensor, piece)));
-  }
-  __device__ static void put(uint32_t stage, int tensor, int piece, const Piece<T>& x) {
-    ptx::st_shared(at(stage, tensor, piece), x.word);
-  }
-
-  // Calls fetch(stage, iteration) for rows ahead and run(stage, iteration) for each of a team's rows; all threads of a
-  // block go around together.
-  template <class Fetch, class Run>
-  __device__ static __forceinline__ void walk(void* memory, unsigned iterations, Fetch&& fetch, Run&& run) {
-    static_assert(kStages == 2 || kStages == 4, "a stage is found with a mask");
-    const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + threadIdx.x * 16;
-    const auto stage = [&](unsigned iteration) { return start + iteration % kStages * kStageBytes; };
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      fetch(stage(i), i);
-      ptx::cp_async_commit();
-    }
-#pragma unroll 1
-    for (unsigned i = 0; i < iterations; ++i) {
-      ptx::cp_async_wait<kStages - 2>();
-      fetch(stage(i + kStages - 1), i + kStages - 1);
-      ptx::cp_async_commit();
-      run(stage(i), i);
-    }
-    ptx::cp_async_wait<0>();
-  }
-};
 
 // What a kernel does beside the norm.
 enum class Gate { kNone, kPlain, kSilu, kAny };  // kAny: dropout, copies, with or without SiLU

@@ -40,12 +40,17 @@ inline unsigned group_blocks(const NormProblem& p, const TeamLayout& layout) {
   return static_cast<unsigned>(ceil_div(p.groups, layout.groups));
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess
+             ? value
+             : otherwise;
+}
+
 // Blocks along the rows: what a device holds at a time, or fewer.
 inline int row_blocks(const NormProblem& p, const TeamLayout& layout, int blocks_per_processor) {
-  int device = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    processors = 128;
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount, 128);
   const int held = max_int(blocks_per_processor * processors / static_cast<int>(group_blocks(p, layout)), 1);
   const int64_t needed = (p.rows + layout.slots - 1) / layout.slots;
   return needed < held ? static_cast<int>(needed) : held;

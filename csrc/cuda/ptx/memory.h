@@ -13,6 +13,13 @@ __device__ __forceinline__ int thread_index() {
   return x;
 }
 
+// As an instruction that is not repeated: left to the compiler, an address may be computed again at each use.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  uint32_t address;
+  asm("{\n\t.reg .u64 x;\n\tcvta.to.shared.u64 x, %1;\n\tcvt.u32.u64 %0, x;\n\t}" : "=r"(address) : "l"(shared));
+  return address;
+}
+
 __device__ __forceinline__ void st_shared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
