@@ -180,6 +180,36 @@ def test_many_tiles(kind, dtype, device):
         check(Case(kind, (400, 93), bias="position+time/head"), dtype, device, change=change)
 
 
+_TABLES = {
+    "sqrt": TimeBuckets.sqrt(),
+    "even": TimeBuckets.from_boundaries(range(-1000, 4_000_000, 2000)),
+    "uneven": TimeBuckets.from_boundaries([x + x * 7919 % 61 for x in range(10, 3_000_000, 9000)]),
+    "bunches": TimeBuckets.from_boundaries([x + i for x in range(0, 2_000_000, 50_000) for i in range(5)]),
+    "repeated": TimeBuckets.from_boundaries([x for x in range(-5, 2_000_000, 40_000) for _ in range(4)]),
+    "one for all": TimeBuckets.from_boundaries([86_400] * 200),
+}
+
+
+@pytest.mark.parametrize("kind", ("rising", "milliseconds", "shuffled", "ties"))
+@pytest.mark.parametrize("table", _TABLES)
+def test_many_buckets(table, kind, dtype, device):
+    """More boundaries than a logarithm has, as dense and as uneven as they like."""
+
+    def change(inputs):
+        given, buckets = inputs.options["bias"], _TABLES[table].to(device)
+        gen = torch.Generator().manual_seed(7)
+        weight = torch.randn(2, len(buckets.boundaries) + 1, generator=gen, dtype=torch.float64)
+        inputs.options["bias"] = replace(
+            given,
+            timestamps=_TIMES[kind](given.timestamps),
+            time_weight=weight.to(given.time_weight).requires_grad_(),
+            buckets=buckets,
+        )
+
+    if dtype != torch.float64:
+        check(Case(table, (400, 93), bias="position+time/head", dim_qk=64, dim_v=64), dtype, device, change=change)
+
+
 def test_extreme_times(device):
     """Gaps of any size and sign choose the end buckets; reading outside the table is impossible."""
     times = torch.tensor([0, 2**62, -(2**62), 5, 2**40], device=device)

@@ -20,6 +20,7 @@
 #include "cuda/sm80/config.h"
 #include "cuda/sm80/dense_bias_grad.cuh"
 #include "cuda/sm80/finish.cuh"
+#include "cuda/sm80/sums.cuh"
 #include "cuda/tile/bias.h"
 #include "cuda/tile/load.h"
 #include "cuda/tile/product.h"
@@ -56,17 +57,27 @@ struct BwdStorage {
   }
 };
 
+// An item, in shared memory: see fwd.cuh.
+template <class T>
+struct BwdItem : Job {
+  RowPair<T> queries;   // and gradients of the output
+  float* sums;          // of dQ: the head's first part, from the sequence's first row on
+  int64_t sums_stride;  // to the next part
+  float factor;         // of all scaled gradients; a scale of each row is in dS and P already
+};
+
 template <class C, class Bias>
 struct BwdTile {
+  using Config = C;
   using T = typename C::T;
   using Scores = Accumulator<C::kM, C::kStep / 8>;
 
   const BwdArguments& arguments;
-  const Job& job;  // in shared memory: see fwd.cuh
+  const BwdItem<T>& job;
   const BwdStorage<C>& shared;
   Accumulator<C::kM, C::kOwnDim / 8> dk, dv;
 
-  __device__ BwdTile(const BwdArguments& arguments, const Job& job, const BwdStorage<C>& shared)
+  __device__ BwdTile(const BwdArguments& arguments, const BwdItem<T>& job, const BwdStorage<C>& shared)
       : arguments(arguments), job(job), shared(shared) {}
 
   __device__ const AttentionProblem& problem() const { return arguments.params.problem; }
@@ -75,14 +86,8 @@ struct BwdTile {
   __device__ static int own_col() { return warp() / C::kKeyWarps * C::kOwnDim; }
   __device__ int first() const { return job.item.block * C::kKeys; }
   __device__ RowScale scale() const { return RowScale(problem().scale, job.item.sequence, job.sequence.begin_q); }
-  // Of all scaled gradients; a scale of each row is in dS and P already.
-  __device__ float factor() const {
-    const ScaleParams& s = problem().scale;
-    if (!s.values) return arguments.scale;
-    return s.per_row ? 1.f : static_cast<const float*>(s.values)[job.item.sequence];
-  }
   __device__ BiasGradients tables() const {
-    return {arguments.workspace.position, arguments.workspace.time, job.item.head, Score<T>::kSlope * factor()};
+    return {arguments.workspace.position, arguments.workspace.time, job.item.head, Score<T>::kSlope * job.factor};
   }
 
   __device__ __forceinline__ void load_keys() const {
@@ -93,15 +98,19 @@ struct BwdTile {
                                      first(), job.sequence.mask.len);
   }
 
+  __device__ static GlobalRows<T> query_rows(const AttentionBwdParams& p, const Job& job) {
+    return {p.problem.q, job.sequence.begin_q, job.item.head, p.problem.dim_qk};
+  }
+  __device__ static GlobalRows<T> grad_rows(const AttentionBwdParams& p, const Job& job) {
+    return {p.grad_out, job.sequence.begin_q, job.item.head, p.problem.dim_v};
+  }
   __device__ __forceinline__ void load_queries(int tile, int stage) const {
-    const AttentionProblem& a = problem();
-    load_tile<C::kQueries, C::kThreads>(shared.q.stage(stage, C::kQueries),
-                                        GlobalRows<T>(a.q, job.sequence.begin_q, job.item.head, a.dim_qk),
-                                        tile * C::kQueries, job.sequence.num_q);
-    load_tile<C::kQueries, C::kThreads>(
-        shared.g.stage(stage, C::kQueries),
-        GlobalRows<T>(arguments.params.grad_out, job.sequence.begin_q, job.item.head, a.dim_v), tile * C::kQueries,
-        job.sequence.num_q);
+    const auto q = shared.q.stage(stage, C::kQueries), g = shared.g.stage(stage, C::kQueries);
+    const int first = tile * C::kQueries;
+    load_pair<C::kQueries, C::kThreads>(q, g, job.queries, first, [&] {
+      load_tile<C::kQueries, C::kThreads>(q, query_rows(arguments.params, job), first, job.sequence.num_q);
+      load_tile<C::kQueries, C::kThreads>(g, grad_rows(arguments.params, job), first, job.sequence.num_q);
+    });
   }
 
   __device__ Classes classify(int tile) const {
@@ -124,8 +133,8 @@ struct BwdTile {
     __device__ uint32_t at(int i) const {
       return ds.at(row + i % C::kWarpKeys, chunk + i / C::kWarpKeys / 4) + i / C::kWarpKeys % 4 * 4;
     }
-    static_assert(C::kWarpKeys * C::kStep * static_cast<int>(sizeof(T)) / 4 >= 64 * static_cast<int>(sizeof(T)) / 2,
-                  "64 buckets");
+    static constexpr int kCount = C::kWarpKeys * C::kStep * static_cast<int>(sizeof(T)) / 4 / (kIs16Bit<T> ? 1 : 2);
+    static_assert(kCount >= 64, "a tile of the logarithm's 128 buckets");
   };
 
   using BiasTile = typename Bias::template Tile<true, C::kM, C::kStep / 8>;
@@ -135,32 +144,50 @@ struct BwdTile {
     return {bias, warp(), {job.sequence.first_row + query, first() + warp_key()}, query / C::kStep};
   }
 
+  // f(whether rows may have scales of their own), as a constant where products follow and the code is short enough to
+  // be there twice.
+  template <class F>
+  __device__ __forceinline__ void by_scale(F&& f) const {
+    if (!std::is_same_v<Bias, NoBias> || C::kExchange || problem().scale.per_row) {
+      f(std::true_type{});
+    } else {
+      f(std::false_type{});
+    }
+  }
+
   // P' and dS' of queries [step, step + kStep) of a tile and this warp's keys.
+  template <bool kRowScale>
   __device__ __forceinline__ void score(const BiasTile& bias, const TileState& at, int stage, int step, Scores& p,
                                         Scores& ds) const {
     const int row = job.sequence.first_row + at.tile() * C::kQueries + step, col = first() + warp_key();
     multiply_rows<T, C::kDim>(p, shared.k, warp_key(), shared.q.stage(stage, C::kQueries), step);
     bias.add(p, arguments.alpha * Score<T>::kArgument, Score<T>::kArgument);
     multiply_rows<T, C::kDim>(ds, shared.v, warp_key(), shared.g.stage(stage, C::kQueries), step);
+    // Of 0 and 0 come 0 and 0. Where products follow, SiLU and they are one run of instructions behind this branch.
+    constexpr bool kMaskFirst = !C::kExchange && std::is_same_v<Bias, NoBias>;
+    const auto mask = [&] {
+      if (!at.covered()) mask_columns(job.sequence.mask, row, job.sequence.mask.len, col, p, ds);
+    };
+    if (kMaskFirst) mask();
     Score<T>::differentiate(p, ds);
-    if (!at.covered()) mask_columns(job.sequence.mask, row, job.sequence.mask.len, col, p, ds);
-    if (problem().scale.per_row) apply_row_scale(at.tile() * C::kQueries + step, p, ds);
+    if (!kMaskFirst) mask();
+    if (kRowScale) apply_row_scale(at.tile() * C::kQueries + step, p, ds);
   }
 
   // Before dS' is written: its place is scratch.
-  __device__ __forceinline__ void sum_bias(const BiasTile& bias, typename Bias::GradState& state, int stage, int step,
+  __device__ __forceinline__ void sum_bias(const BiasTile& bias, typename Bias::GradState& state, int scores, int step,
                                            const Scores& ds) const {
-    const ScoreSlots slots{shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(),
-                           step * static_cast<int>(sizeof(T)) / 16};
+    const ScoreSlots slots{shared.ds.stage(scores, C::kKeys), warp_key(), step * static_cast<int>(sizeof(T)) / 16};
     bias.template add_grad<T>(ds, tables(), state, slots);
   }
 
   // One step of a tile out of registers: dV, dK, and dS' into shared memory.
+  template <bool kRowScale>
   __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at,
                                           int stage, int step) {
     Scores s, d;
     const BiasTile offsets = bias_tile(bias, at.tile(), step);
-    score(offsets, at, stage, step, s, d);
+    score<kRowScale>(offsets, at, stage, step, s, d);
     multiply_fragment<T>(dv, Fragment<T, C::kM, C::kStep / 8>(s), shared.g.stage(stage, C::kQueries), step, 0);
     sum_bias(offsets, state, stage, step, d);
     const Fragment<T, C::kM, C::kStep / 8> f(d);
@@ -169,16 +196,17 @@ struct BwdTile {
   }
 
   // This warp's step of P' and dS' into shared memory.
+  template <bool kRowScale>
   __device__ __forceinline__ void exchange(const Bias& bias, typename Bias::GradState& state, const TileState& at,
-                                           int stage) const {
+                                           int stage, int scores) const {
     const int step = warp() / C::kKeyWarps * C::kStep;
     Scores s, d;
     prepare(bias, at.tile());
     const BiasTile offsets = bias_tile(bias, at.tile(), step);
-    score(offsets, at, stage, step, s, d);
-    put_accumulator<T>(shared.ds.stage(1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
-    sum_bias(offsets, state, stage, step, d);
-    put_accumulator<T>(shared.ds, warp_key(), step, d, [](int) { return 1.f; });
+    score<kRowScale>(offsets, at, stage, step, s, d);
+    put_accumulator<T>(shared.ds.stage(scores + 1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
+    sum_bias(offsets, state, scores, step, d);
+    put_accumulator<T>(shared.ds.stage(scores, C::kKeys), warp_key(), step, d, [](int) { return 1.f; });
   }
 
   __device__ __forceinline__ void apply_row_scale(int query, Scores& s, Scores& d) const {
@@ -210,34 +238,24 @@ struct BwdTile {
   // In parts of up to 32 sums a lane: dK and dV take most of the registers.
   __device__ __forceinline__ void add_dq(int tile, int stage) const {
     constexpr int kN = C::kQueryM * C::kQueryDim / 8 * 4 > 32 ? 32 / (C::kQueryM * 4) : C::kQueryDim / 8;
-    const int row = warp() / C::kQueryCols * 16 * C::kQueryM;
-    const float f = arguments.alpha * Score<T>::kSlope * factor();
-    const int heads = problem().heads;
+    const int row = warp() / C::kQueryCols * 16 * C::kQueryM, part = warp() % C::kQueryCols;
+    const float f = arguments.alpha * Score<T>::kSlope * job.factor;
+    const int query = tile * C::kQueries + row;
+    float* const to = job.sums + part * job.sums_stride + static_cast<int64_t>(query) * C::kQueryDim;
 #pragma unroll 1
-    for (int part = 0; part < C::kQueryDim; part += kN * 8) {
-      const int col = warp() % C::kQueryCols * C::kQueryDim + part;
+    for (int col = 0; col < C::kQueryDim; col += kN * 8) {
       Accumulator<C::kQueryM, kN> dq;
-      multiply_columns<T, C::kKeys>(dq, shared.ds.stage(stage, C::kKeys), row, shared.k, col);
-#pragma unroll
-      for (int m = 0; m < C::kQueryM; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int query = tile * C::kQueries + row + m * 16 + h * 8 + lane_row();
-          float* to =
-              arguments.workspace.grad_q + ((job.sequence.begin_q + query) * heads + job.item.head) * C::kDim + col;
-#pragma unroll
-          for (int n = 0; n < kN; n += 2) {
-            const auto pair = [&](int i) {
-              return make_float2(dq.x[m][n + i][2 * h] * f, dq.x[m][n + i][2 * h + 1] * f);
-            };
-            add_row(to + n * 8, pair(0), pair(1), query < job.sequence.num_q);
-          }
-        }
+      multiply_columns<T, C::kKeys>(dq, shared.ds.stage(stage, C::kKeys), row, shared.k, part * C::kQueryDim + col);
+      add_sums<C::kQueryDim>(to + col, job.sequence.num_q - query, dq, f);
     }
   }
 
   // What a complete tile of dS' is for.
   __device__ __forceinline__ void finish_tile(int tile, int stage) const {
+    if (!job.ordered) {
+      add_dq(tile, stage);
+      return;
+    }
     const Turn turn(arguments.workspace.turns, job, tile, C::kQueries, C::kKeys, problem());
     turn.wait();
     add_dq(tile, stage);
@@ -254,8 +272,11 @@ struct BwdTile {
     for (int stage = 0; current.exists(); stage ^= 1) {
       if (current.mine()) {
         prepare(bias, current.tile());
+        by_scale([&](auto per_row) {
 #pragma unroll 1
-        for (int step = 0; step < C::kQueries; step += C::kStep) compute(bias, state, current, stage, step);
+          for (int step = 0; step < C::kQueries; step += C::kStep)
+            compute<decltype(per_row)::value>(bias, state, current, stage, step);
+        });
       } else {
         clear_ds(stage);
       }
@@ -270,26 +291,34 @@ struct BwdTile {
     }
   }
 
+  // dV and dK of a tile whose P' and dS' are complete.
+  __device__ __forceinline__ void multiply(int stage, int scores) {
+    multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(scores + 1, C::kKeys), warp_key(),
+                                   shared.g.stage(stage, C::kQueries), own_col());
+    multiply_tiles<T, C::kQueries>(dk, shared.ds.stage(scores, C::kKeys), warp_key(),
+                                   shared.q.stage(stage, C::kQueries), own_col());
+  }
+  __device__ __forceinline__ void put_scores(const Bias& bias, typename Bias::GradState& state, TileState current,
+                                             int stage, int scores) {
+    if (current.mine()) {
+      by_scale([&](auto per_row) { exchange<decltype(per_row)::value>(bias, state, current, stage, scores); });
+    } else if (own_col() == 0) {
+      clear_ds(scores);
+    }
+  }
+
   template <class Walk>
   __device__ __forceinline__ void run_exchange(const Bias& bias, typename Bias::GradState& state, Walk& walk,
                                                TileState current) {
     constexpr int kOther = C::kStages - 1;
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= kOther) {
-      if (current.mine()) {
-        exchange(bias, state, current, stage);
-      } else if (own_col() == 0) {
-        clear_ds(0);
-      }
+      put_scores(bias, state, current, stage, 0);
       __syncthreads();  // P' and dS' are complete; the other stage is free
       const TileState next = walk.next();
       if (C::kStages == 2 && next.exists()) load_queries(next.tile(), stage ^ kOther);
       ptx::cp_async_commit();
-      if (current.mine()) {
-        multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries),
-                                       own_col());
-        multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col());
-      }
+      if (current.mine()) multiply(stage, 0);
       finish_tile(current.tile(), 0);
       if (C::kStages == 1 && next.exists()) {
         __syncthreads();  // this tile's Q and dO are free
@@ -302,21 +331,47 @@ struct BwdTile {
     }
   }
 
+  // The same with three stages and two sets of P' and dS': one barrier a tile, and warps may be a product apart.
+  template <class Walk>
+  __device__ __forceinline__ void run_ahead(const Bias& bias, typename Bias::GradState& state, Walk& walk,
+                                            TileState current) {
+    TileState next = current.exists() ? walk.next() : current;
+    if (next.exists()) load_queries(next.tile(), 1);
+    ptx::cp_async_commit();
+    int stage = 0;
+#pragma unroll 1
+    for (int scores = 0; current.exists(); scores ^= 2) {
+      put_scores(bias, state, current, stage, scores);
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // P' and dS' are complete, the next tile has arrived, the one before this is free
+      const TileState after = next.exists() ? walk.next() : next;
+      if (after.exists()) load_queries(after.tile(), stage == 0 ? 2 : stage - 1);
+      ptx::cp_async_commit();
+      if (current.mine()) multiply(stage, scores);
+      finish_tile(current.tile(), scores);
+      current = next;
+      next = after;
+      stage = stage == 2 ? 0 : stage + 1;
+    }
+  }
+
   __device__ __forceinline__ void run() {
     const Bias& bias = *static_cast<const Bias*>(shared.bias);  // there, it costs no registers
     const auto classes = [&](int tile) { return classify(tile); };
-    TileWalk<decltype(classes)> walk(ceil_div(job.sequence.num_q, C::kQueries), classes);
+    TileWalk<!std::is_same_v<Bias, NoBias>, decltype(classes)> walk(ceil_div(job.sequence.num_q, C::kQueries), classes);
     load_keys();
     const TileState current = walk.next();
     if (current.exists()) load_queries(current.tile(), 0);
     ptx::cp_async_commit();
-    Bias::template make<true>(problem(), job, shared.bias, threadIdx.x, C::kThreads);
+    Bias::template make<true>(problem(), job, shared.bias, ptx::thread_index(), C::kThreads);
     dk.clear();
     dv.clear();
     typename Bias::GradState state;
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if constexpr (C::kExchange) {
+    if constexpr (C::kStages == 3) {
+      run_ahead(bias, state, walk, current);
+    } else if constexpr (C::kExchange) {
       run_exchange(bias, state, walk, current);
     } else {
       run_registers(bias, state, walk, current);
@@ -328,7 +383,7 @@ struct BwdTile {
     const AttentionProblem& a = problem();
     ptx::cp_async_wait<0>();
     __syncthreads();  // nobody reads K and V any more
-    const float fv = factor(), fk = fv * arguments.alpha * Score<T>::kSlope;
+    const float fv = job.factor, fk = fv * arguments.alpha * Score<T>::kSlope;
     put_accumulator<T>(shared.k, warp_key(), own_col(), dk, [=](int) { return fk; });
     put_accumulator<T>(shared.v, warp_key(), own_col(), dv, [=](int) { return fv; });
     __syncthreads();
@@ -343,11 +398,26 @@ struct BwdTile {
   }
 };
 
+// By one thread, when the sequence is there.
+template <class Tile, class Item>
+__device__ __forceinline__ void set_item(Item& job, const BwdArguments& arguments) {
+  using C = typename Tile::Config;
+  const AttentionBwdParams& p = arguments.params;
+  job.queries.set(Tile::query_rows(p, job), Tile::grad_rows(p, job), job.sequence.num_q, C::kDim);
+  job.sums_stride = p.problem.jagged.total_q * C::kQueryDim;
+  job.sums = arguments.workspace.grad_q + job.item.head * C::kQueryCols * job.sums_stride +
+             job.sequence.begin_q * C::kQueryDim;
+  const ScaleParams& s = p.problem.scale;
+  const float* values = static_cast<const float*>(s.values);
+  job.factor = !values ? arguments.scale : s.per_row ? 1.f : values[job.item.sequence];
+}
+
 template <class C, class Bias>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     attention_bwd_kernel(const __grid_constant__ BwdArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ Job job;
+  using Tile = BwdTile<C, Bias>;
+  __shared__ BwdItem<typename C::T> job;
   const BwdStorage<C> shared(memory);
   const AttentionProblem& problem = arguments.params.problem;
   const JaggedParams& jagged = problem.jagged;
@@ -360,10 +430,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       job.item = item;
       job.sequence = load_sequence(jagged, problem.mask, item.sequence);
       job.index = i;
+      set_item<Tile>(job, arguments);
       reset_bias<Bias>(shared.bias);
     }
     __syncthreads();
-    BwdTile<C, Bias> tile(arguments, job, shared);
+    Tile tile(arguments, job, shared);
     tile.run();
     tile.store();
     const int64_t next = job.index + gridDim.x;
@@ -386,7 +457,7 @@ Status launch_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t s
   const int64_t blocks = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
   kernel<<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(arguments);
   HSTU_TRY(cudaGetLastError());
-  return finish_bwd<typename C::T>(params, arguments.workspace, C::kDim, stream);
+  return finish_bwd<typename C::T>(params, arguments.workspace, C::kDim, C::kQueryDim, stream);
 }
 
 template <class T, int kDim, bool kLarge>
@@ -397,6 +468,8 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_
     const Status status = params.grad_bias ? dense_bias_grad<T, kDim>(params, stream) : Status{};
     return status.ok() ? launch_bwd<typename C::Dense, DenseBias>(params, memory, stream) : status;
   }
+  if constexpr (kIs16Bit<T> && (kDim <= 128 || kLarge))  // the registers of the others do not suffice
+    if (has_many_buckets<T>(a.relative)) return launch_bwd<typename C::Dense, ManyBucketsBias>(params, memory, stream);
   if (a.relative.position_weight || a.relative.time_weight)
     return launch_bwd<typename C::Relative, RelativeBias>(params, memory, stream);
   return launch_bwd<typename C::None, NoBias>(params, memory, stream);

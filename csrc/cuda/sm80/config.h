@@ -8,9 +8,11 @@ namespace hstu_ops::cuda::sm80 {
 constexpr int kSmallSharedMemory = 99 * 1024;   // sm_86, sm_89
 constexpr int kExtraBytes = 2560;               // a bias, its table and what is shared statically
 constexpr int kLargeSharedMemory = 163 * 1024;  // sm_80, sm_90
+constexpr int kHugeSharedMemory = 227 * 1024;   // sm_90
 
 // Forward: a block of threads owns kRows queries of one head, each warp 16 * kM of them, and walks tiles of kCols keys.
-template <class T_, int kDim_, int kM_, int kWarps_, int kCols_, int kStep_, int kBlocks_, bool kAhead_ = true>
+template <class T_, int kDim_, int kM_, int kWarps_, int kCols_, int kStep_, int kBlocks_, bool kAhead_ = true,
+          bool kTwice_ = false>
 struct FwdShape {
   using T = T_;
   static constexpr int kDim = kDim_, kM = kM_, kWarps = kWarps_, kCols = kCols_;
@@ -18,6 +20,7 @@ struct FwdShape {
   static constexpr int kThreads = 32 * kWarps, kWarpRows = 16 * kM, kRows = kWarps * kWarpRows;
   static constexpr int kStages = 2;
   static constexpr bool kAhead = kAhead_;   // two sets of scores: tensor cores work on one during SiLU of the other
+  static constexpr bool kTwice = kTwice_;   // code for tiles that need no mask besides that for others
   static constexpr int kBlocks = kBlocks_;  // an SM; what the registers are limited for
   static constexpr int kBiasBlocks = kBlocks < 2 ? kBlocks : 2;  // a bias needs more of them
   static constexpr int kTileBytes = kDim * static_cast<int>(sizeof(T));
@@ -31,7 +34,7 @@ struct FwdConfig;
 template <class T>
 struct FwdConfig<T, 32> : FwdShape<T, 32, 2, 4, 64, 64, 2> {};
 template <class T>
-struct FwdConfig<T, 64> : FwdShape<T, 64, 2, 4, 128, 32, 2> {};
+struct FwdConfig<T, 64> : FwdShape<T, 64, 2, 4, 128, 32, 2, true, true> {};
 template <class T>
 struct FwdConfig<T, 128> : FwdShape<T, 128, 2, 4, 64, 32, 2> {};
 template <class T>
@@ -49,14 +52,20 @@ struct FwdConfig<float, 256> : FwdShape<float, 256, 1, 2, 16, 16, 2> {};
 template <class T, int kDim>
 struct FwdBiasConfig : FwdConfig<T, kDim> {};
 template <>
-struct FwdBiasConfig<__half, 64> : FwdShape<__half, 64, 2, 4, 64, 64, 2, false> {};
+struct FwdBiasConfig<__half, 64> : FwdShape<__half, 64, 2, 4, 128, 64, 2, false> {};
 template <>
-struct FwdBiasConfig<__nv_bfloat16, 64> : FwdShape<__nv_bfloat16, 64, 2, 4, 64, 64, 2, false> {};
+struct FwdBiasConfig<__nv_bfloat16, 64> : FwdShape<__nv_bfloat16, 64, 2, 4, 128, 64, 2, false> {};
 
 template <>
 struct FwdBiasConfig<__half, 128> : FwdShape<__half, 128, 2, 4, 64, 32, 2, false> {};
 template <>
 struct FwdBiasConfig<__nv_bfloat16, 128> : FwdShape<__nv_bfloat16, 128, 2, 4, 64, 32, 2, false> {};
+
+// With tables of many buckets: looking them up takes registers.
+template <class T, int kDim>
+struct FwdManyBucketsConfig : FwdBiasConfig<T, kDim> {};
+template <class T>
+struct FwdManyBucketsConfig<T, 64> : FwdShape<T, 64, 2, 4, 64, 32, 2, false> {};
 
 // Backward: a block of threads owns kKeys keys of one head and walks tiles of kQueries queries. Its warps form
 // kKeyWarps groups of 16 * kM keys. A group is one warp, which holds scores of kStep queries at a time and multiplies
@@ -79,15 +88,18 @@ struct BwdShape {
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kTileBytes = kDim * static_cast<int>(sizeof(T)),
                        kScoreBytes = kQueries * static_cast<int>(sizeof(T));
-  // dS' of two tiles, or P' and dS' of one
-  static constexpr int kSharedBytes = (2 * kKeys + 2 * kStages * kQueries) * kTileBytes + 2 * kKeys * kScoreBytes;
-  static_assert(kSharedBytes <= kLargeSharedMemory - kExtraBytes, "no room for a bias and its table");
+  // dS' of two tiles, or P' and dS' of one, or of two with three stages
+  static constexpr int kScoreTiles = kStages == 3 ? 4 : 2;
+  static constexpr int kSharedBytes =
+      (2 * kKeys + 2 * kStages * kQueries) * kTileBytes + kScoreTiles * kKeys * kScoreBytes;
+  static_assert(kSharedBytes <= (kStages == 3 ? kHugeSharedMemory : kLargeSharedMemory) - kExtraBytes,
+                "no room for a bias and its table");
   static_assert(kQueries % kStep == 0 && kQueryRows * kQueryCols == kWarps && kQueryDim % 16 == 0,
                 "all warps have a share of dQ");
   static_assert(kExchange ? kStep * kSplit == kQueries : kStages == 2, "see bwd.cuh");
 };
 
-// Shapes by bias: one costs registers, which shorter steps give back.
+// Shapes by bias: one costs registers, which shorter steps give back. Dense is also for tables of many buckets.
 template <class None_, class Relative_ = None_, class Dense_ = Relative_>
 struct BwdShapes {
   using None = None_;
@@ -115,6 +127,10 @@ struct BwdConfig<T, 256, true>
     : BwdShapes<BwdShape<T, 256, 1, 4, 2, 32, 16, 2, 2, 1>, BwdShape<T, 256, 1, 2, 4, 64, 16, 2, 1, 1>> {};
 template <class T>
 struct BwdConfig<T, 256, false> : BwdShapes<BwdShape<T, 256, 1, 2, 2, 32, 16, 2, 1, 1>> {};
+
+// Without a bias where a block gets kHugeSharedMemory: one barrier a tile less.
+template <class T>
+struct BwdHuge128 : BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 3, 1> {};
 
 template <int kDim>
 struct BwdConfig32;  // fp32, at any size of shared memory

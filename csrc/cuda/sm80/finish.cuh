@@ -4,6 +4,7 @@
 
 #include "core/launch.h"
 #include "cuda/errors.h"
+#include "cuda/sm80/sums.cuh"
 #include "cuda/tile/load.h"
 #include "cuda/tile/workspace.h"
 
@@ -12,34 +13,38 @@ namespace hstu_ops::cuda::sm80 {
 struct FinishArguments {
   AttentionBwdParams params;
   BwdWorkspace workspace;
-  int padded_dim;
+  int padded_dim, columns;  // columns: see sums.cuh
 };
 
 template <class T>
 __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const __grid_constant__ FinishArguments f) {
   const AttentionProblem& a = f.params.problem;
-  constexpr int kPer = 4;
-  const int chunks = f.padded_dim / kPer;
+  constexpr int kPer = 16 / sizeof(T);
+  const int blocks = f.padded_dim / 16, per_part = f.columns / 16;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x, thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const View& to = f.params.grad_q;
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(to.data) % 16 == 0 && to.row_stride % kPer == 0 && to.head_stride % kPer == 0;
-  for (int64_t i = thread; i < a.jagged.total_q * a.heads * chunks; i += stride) {
-    const int col = static_cast<int>(i % chunks) * kPer;
+  const GlobalRows<T> to(f.params.grad_q, 0, 0, a.dim_qk);
+  for (int64_t i = thread; i < a.jagged.total_q * a.heads * blocks; i += stride) {  // sixteen columns of a row
+    const int block = static_cast<int>(i % blocks), col = block * 16;
     if (col >= a.dim_qk) continue;
-    const int64_t row = i / chunks;
-    const float4 x = reinterpret_cast<const float4*>(f.workspace.grad_q)[i];
-    T* target = static_cast<T*>(to.data) + row / a.heads * to.row_stride + row % a.heads * to.head_stride + col;
-    T y[kPer] = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z), from_float<T>(x.w)};
-    if (aligned && col + kPer <= a.dim_qk) {
-      using Word = std::conditional_t<kIs16Bit<T>, uint2, uint4>;
-      Word word;
-      memcpy(&word, y, sizeof(word));
-      *reinterpret_cast<Word*>(target) = word;
-    } else {
+    const int64_t row = i / blocks / a.heads;
+    const int head = static_cast<int>(i / blocks % a.heads);
+    float x[16];
+    read_sums(f.workspace.grad_q + block % per_part * 16 +
+                  sum_row(a.jagged.total_q, blocks / per_part, f.columns, head, block / per_part, row),
+              x);
+    T* target = to.data + row * to.row_stride + head * f.params.grad_q.head_stride + col;
 #pragma unroll
-      for (int k = 0; k < kPer; ++k)
-        if (col + k < a.dim_qk) target[k] = y[k];
+    for (int k = 0; k < 16; k += kPer) {
+      uint4 chunk;
+      T y[kPer];
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) y[j] = from_float<T>(x[k + j]);
+      memcpy(&chunk, y, sizeof(chunk));
+      if (to.aligned && col + k + kPer <= a.dim_qk) {
+        *reinterpret_cast<uint4*>(target + k) = chunk;
+      } else {
+        scatter_chunk(target + k, chunk, a.dim_qk - col - k);
+      }
     }
   }
   for (const TableSums* t : {&f.workspace.position, &f.workspace.time})
@@ -48,10 +53,10 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const __grid_
 }
 
 template <class T>
-Status finish_bwd(const AttentionBwdParams& params, const BwdWorkspace& workspace, int padded_dim,
+Status finish_bwd(const AttentionBwdParams& params, const BwdWorkspace& workspace, int padded_dim, int columns,
                   cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
-  const int64_t chunks = a.jagged.total_q * a.heads * (padded_dim / 4);
+  const int64_t chunks = a.jagged.total_q * a.heads * (padded_dim / 16);
   const int64_t most = workspace.position.entries + workspace.time.entries > chunks
                            ? workspace.position.entries + workspace.time.entries
                            : chunks;
@@ -60,7 +65,7 @@ Status finish_bwd(const AttentionBwdParams& params, const BwdWorkspace& workspac
   attention_bwd_finish_kernel<T><<<static_cast<unsigned>(blocks < 1       ? 1
                                                          : blocks < kMost ? blocks
                                                                           : kMost),
-                                   256, 0, stream>>>({params, workspace, padded_dim});
+                                   256, 0, stream>>>({params, workspace, padded_dim, columns});
   HSTU_TRY(cudaGetLastError());
   return {};
 }

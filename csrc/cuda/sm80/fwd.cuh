@@ -46,13 +46,14 @@ struct FwdTile {
   using T = typename C::T;
 
   const AttentionFwdParams& params;
-  const Job& job;  // in shared memory: kept in registers it would cost as much as half an accumulator
+  const Job& job;          // in shared memory: kept in registers it would cost as much as half an accumulator
+  const RowPair<T>& keys;  // and values, likewise
   const FwdStorage<C>& shared;
   const float alpha;  // as add() of a bias wants it
   Accumulator<C::kM, C::kDim / 8> out;
 
-  __device__ FwdTile(const FwdArguments& arguments, const Job& job, const FwdStorage<C>& shared)
-      : params(arguments.params), job(job), shared(shared), alpha(arguments.alpha) {}
+  __device__ FwdTile(const FwdArguments& arguments, const Job& job, const RowPair<T>& keys, const FwdStorage<C>& shared)
+      : params(arguments.params), job(job), keys(keys), shared(shared), alpha(arguments.alpha) {}
 
   __device__ int first() const { return job.item.block * C::kRows; }
   __device__ int warp_row() const { return static_cast<int>(threadIdx.x / 32) * C::kWarpRows; }
@@ -64,14 +65,19 @@ struct FwdTile {
                                      first(), job.sequence.num_q);
   }
 
+  __device__ static GlobalRows<T> key_rows(const AttentionProblem& a, const Job& job) {
+    return {a.k, job.sequence.begin_kv, job.item.head, a.dim_qk};
+  }
+  __device__ static GlobalRows<T> value_rows(const AttentionProblem& a, const Job& job) {
+    return {a.v, job.sequence.begin_kv, job.item.head, a.dim_v};
+  }
   __device__ __forceinline__ void load_keys(int tile, int stage) const {
-    const AttentionProblem& a = params.problem;
-    load_tile<C::kCols, C::kThreads>(shared.k.stage(stage, C::kCols),
-                                     GlobalRows<T>(a.k, job.sequence.begin_kv, job.item.head, a.dim_qk),
-                                     tile * C::kCols, job.sequence.mask.len);
-    load_tile<C::kCols, C::kThreads>(shared.v.stage(stage, C::kCols),
-                                     GlobalRows<T>(a.v, job.sequence.begin_kv, job.item.head, a.dim_v), tile * C::kCols,
-                                     job.sequence.mask.len);
+    const auto k = shared.k.stage(stage, C::kCols), v = shared.v.stage(stage, C::kCols);
+    const int first = tile * C::kCols;
+    load_pair<C::kCols, C::kThreads>(k, v, keys, first, [&] {
+      load_tile<C::kCols, C::kThreads>(k, key_rows(params.problem, job), first, job.sequence.mask.len);
+      load_tile<C::kCols, C::kThreads>(v, value_rows(params.problem, job), first, job.sequence.mask.len);
+    });
   }
 
   __device__ Classes classify(int tile) const {
@@ -86,6 +92,12 @@ struct FwdTile {
   using Scores = Accumulator<C::kM, C::kStep / 8>;
 
   // With kAhead, step i + 1 of Q K' stands before step i of SiLU, so that tensor cores have work during the latter.
+  // silu(0) = 0: masked before SiLU, what follows is one run of instructions (kMaskFirst), masked behind it, it
+  // overlaps with the product before.
+  static constexpr bool kMaskFirst = C::kDim <= 64 || !std::is_same_v<Bias, NoBias>;
+
+  // kWhole: the tile is known to need no mask, and then is one run of instructions, which the compiler interleaves.
+  template <bool kWhole>
   __device__ __forceinline__ void compute(const Bias& bias, const TileState& state, int stage) {
     const auto k = shared.k.stage(stage, C::kCols), v = shared.v.stage(stage, C::kCols);
     const int row = mask_row(first() + warp_row());
@@ -94,17 +106,25 @@ struct FwdTile {
     bias.template prepare<false, C::kWarpRows, C::kStep>(threadIdx.x / 32, {row, state.tile() * C::kCols},
                                                          state.tile() * kSteps);
     if (C::kAhead) multiply_rows<T, C::kDim>(s[0], shared.q, warp_row(), k, 0);
-#pragma unroll
+#pragma unroll(C::kAhead ? kSteps : 1)
     for (int i = 0; i < kSteps; ++i) {
       const int coming = C::kAhead ? i + 1 : i, col = state.tile() * C::kCols + i * C::kStep;
       const typename Bias::template Tile<false, C::kM, C::kStep / 8> offsets(bias, threadIdx.x / 32, {row, col},
                                                                              state.tile() * kSteps + i);
-      if (coming < kSteps)
-        multiply_rows<T, C::kDim>(s[C::kAhead ? coming % 2 : 0], shared.q, warp_row(), k, coming * C::kStep);
       Scores& now = s[C::kAhead ? i % 2 : 0];
+      const auto multiply = [&] {
+        if (coming < kSteps)
+          multiply_rows<T, C::kDim>(s[C::kAhead ? coming % 2 : 0], shared.q, warp_row(), k, coming * C::kStep);
+      };
+      const auto mask = [&] {
+        if (!kWhole && !state.covered()) mask_rows(job.sequence.mask, row, col, now);
+      };
+      if (!C::kAhead || !kMaskFirst) multiply();
       offsets.add(now, alpha, Score<T>::kArgument);
+      if (kMaskFirst) mask();
+      if (C::kAhead && kMaskFirst) multiply();
       Score<T>::activate(now);
-      if (!state.covered()) mask_rows(job.sequence.mask, row, col, now);
+      if (!kMaskFirst) mask();
       const Fragment<T, C::kM, C::kStep / 8> p(now);
       multiply_fragment<T>(out, p, v, i * C::kStep, 0);
     }
@@ -113,12 +133,13 @@ struct FwdTile {
   __device__ __forceinline__ void run() {
     const Bias& bias = *static_cast<const Bias*>(shared.bias);  // there, it costs no registers
     const auto classes = [&](int tile) { return classify(tile); };
-    TileWalk<decltype(classes)> walk(ceil_div(job.sequence.mask.len, C::kCols), classes);
+    TileWalk<std::is_same_v<Bias, ManyBucketsBias>, decltype(classes)> walk(ceil_div(job.sequence.mask.len, C::kCols),
+                                                                            classes);
     load_queries();
     TileState current = walk.next();
     if (current.exists()) load_keys(current.tile(), 0);
     ptx::cp_async_commit();
-    Bias::template make<false>(params.problem, job, shared.bias, threadIdx.x, C::kThreads);
+    Bias::template make<false>(params.problem, job, shared.bias, ptx::thread_index(), C::kThreads);
     out.clear();
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= 1) {
@@ -128,7 +149,13 @@ struct FwdTile {
                         // use
       if (next.exists()) load_keys(next.tile(), stage ^ 1);
       ptx::cp_async_commit();
-      if (current.mine()) compute(bias, current, stage);
+      if (current.mine()) {
+        if (C::kTwice && current.covered()) {
+          compute<true>(bias, current, stage);
+        } else {
+          compute<false>(bias, current, stage);
+        }
+      }
       current = next;
     }
   }
@@ -155,6 +182,7 @@ __global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::k
     attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Job job;
+  __shared__ RowPair<typename C::T> keys;
   const FwdStorage<C> shared(memory);
   const AttentionProblem& problem = arguments.params.problem;
   for (int64_t i = blockIdx.x;;) {
@@ -162,10 +190,12 @@ __global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::k
     if (item.block < 0) break;
     if (threadIdx.x == 0) {
       job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), i, false};
+      keys.set(FwdTile<C, Bias>::key_rows(problem, job), FwdTile<C, Bias>::value_rows(problem, job),
+               job.sequence.mask.len, C::kDim);
       reset_bias<Bias>(shared.bias);
     }
     __syncthreads();
-    FwdTile<C, Bias> tile(arguments, job, shared);
+    FwdTile<C, Bias> tile(arguments, job, keys, shared);
     tile.run();
     tile.store();
     i = job.index + gridDim.x;
@@ -191,6 +221,9 @@ Status attention_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   using C = FwdBiasConfig<T, kDim>;
   const AttentionProblem& a = params.problem;
   if (a.dense.data) return launch_fwd<C, DenseBias>(params, stream);
+  if constexpr (kIs16Bit<T>)
+    if (has_many_buckets<T>(a.relative))
+      return launch_fwd<FwdManyBucketsConfig<T, kDim>, ManyBucketsBias>(params, stream);
   if (a.relative.position_weight || a.relative.time_weight) return launch_fwd<C, RelativeBias>(params, stream);
   return launch_fwd<FwdConfig<T, kDim>, NoBias>(params, stream);
 }

@@ -92,7 +92,9 @@ struct DenseBias {
   };
 };
 
-struct RelativeBias {
+// kLines: see TimeTerm.
+template <bool kLines>
+struct RelativeBiasOf {
   static constexpr int shared_bytes(int warps) {
     return kBiasBytes + TimeTerm::kSharedBytes + warps * BiasNotes::kBytes;
   }
@@ -110,25 +112,25 @@ struct RelativeBias {
   PositionTerm position;
   TimeTerm time;
 
-  __device__ RelativeBias(const AttentionProblem& problem, const Job& job, void* shared)
+  __device__ RelativeBiasOf(const AttentionProblem& problem, const Job& job, void* shared)
       : mask(job.sequence.mask),
         position(problem.relative, job.item.head),
         time(problem.relative, job.sequence, job.item.head, static_cast<char*>(shared) + kBiasBytes) {}
 
   // Set where times do not rise: behind the bias, cleared before the item.
   __device__ static int& disorder(void* shared) { return static_cast<int*>(shared)[kBiasBytes / 4 - 1]; }
-  __device__ bool sorted() const { return disorder(const_cast<RelativeBias*>(this)) == 0; }
+  __device__ bool sorted() const { return disorder(const_cast<RelativeBiasOf*>(this)) == 0; }
 
   template <bool kTransposed>
   __device__ static __forceinline__ void make(const AttentionProblem& problem, const Job& job, void* shared, int thread,
                                               int threads) {
-    const RelativeBias bias(problem, job, shared);
+    const RelativeBiasOf bias(problem, job, shared);
     if (bias.time.weight) {
-      bias.time.make_cells(static_cast<char*>(shared) + kBiasBytes, thread, threads);
+      bias.time.template make_cells<kLines>(static_cast<char*>(shared) + kBiasBytes, thread, threads);
       if (!bias.time.template rising<kTransposed>(thread, threads)) disorder(shared) = 1;
     }
-    static_assert(sizeof(RelativeBias) <= kBiasBytes - sizeof(int));
-    if (thread == 0) new (shared) RelativeBias(bias);
+    static_assert(sizeof(RelativeBiasOf) <= kBiasBytes - sizeof(int));
+    if (thread == 0) new (shared) RelativeBiasOf(bias);
     bias.notes(thread / 32).reset();
   }
 
@@ -142,17 +144,17 @@ struct RelativeBias {
 
   template <bool kTransposed, int kM, int kN>
   struct Tile {
-    using Times = TileTimes<kTransposed, kM * 16, kN * 8>;
+    using Times = TileTimes<kTransposed, kM * 16, kN * 8, kLines>;
     using Steps = TimeSteps<kTransposed, kM, kN>;
     using Lines = Diagonals<kTransposed, kM, kN>;
 
-    const RelativeBias& bias;
+    const RelativeBiasOf& bias;
     TileOrigin origin;
     BiasNote note;
     float weight;                   // of the first bucket of few
     float strip[Lines::kCount][2];  // weights of the position term by diagonal, where diagonal
 
-    __device__ __forceinline__ Tile(const RelativeBias& bias, int warp, TileOrigin origin, int tile)
+    __device__ __forceinline__ Tile(const RelativeBiasOf& bias, int warp, TileOrigin origin, int tile)
         : bias(bias), origin(origin), note(bias.notes(warp).at(tile)) {
       const bool constant = bias.time.weight && few();
       weight = constant ? __ldg(bias.time.weight + note.first()) : 0.f;
@@ -229,10 +231,18 @@ struct RelativeBias {
   };
 };
 
+using RelativeBias = RelativeBiasOf<false>;
+using ManyBucketsBias = RelativeBiasOf<true>;
+
+template <class T>
+bool has_many_buckets(const RelativeBiasParams& p) {
+  return kIs16Bit<T> && p.time_weight && p.num_boundaries > TimeTerm::kMostCellBoundaries;
+}
+
 // Before the bias of the next item is made, with a barrier between.
 template <class Bias>
 __device__ __forceinline__ void reset_bias(void* shared) {
-  if constexpr (std::is_same_v<Bias, RelativeBias>) RelativeBias::disorder(shared) = 0;
+  if constexpr (std::is_same_v<Bias, RelativeBias> || std::is_same_v<Bias, ManyBucketsBias>) Bias::disorder(shared) = 0;
 }
 
 }  // namespace hstu_ops::cuda

@@ -86,6 +86,43 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const GlobalRows<T>&
   }
 }
 
+// Two such tensors that are loaded together, and what their tiles have in common: kept in shared memory, so that a tile
+// costs little more than its copies.
+template <class T>
+struct RowPair {
+  const T *a, *b;  // as GlobalRows::data
+  int stride_a, stride_b, rows;
+  bool plain;  // whole tiles of `cols` columns can be copied without a look at their chunks
+
+  __device__ void set(const GlobalRows<T>& from_a, const GlobalRows<T>& from_b, int rows_, int cols) {
+    a = from_a.data, b = from_b.data, rows = rows_;
+    stride_a = static_cast<int>(from_a.row_stride), stride_b = static_cast<int>(from_b.row_stride);
+    plain = from_a.aligned && from_b.aligned && from_a.dim == cols && from_b.dim == cols &&
+            stride_a == from_a.row_stride && stride_b == from_b.row_stride;
+  }
+};
+
+// Rows [first, first + kRows) of both, first >= 0; slow() is called where load_tile has to be.
+template <int kRows, int kThreads, class T, class Tile, class Slow>
+__device__ __forceinline__ void load_pair(const Tile& to_a, const Tile& to_b, const RowPair<T>& from, int first,
+                                          Slow&& slow) {
+  constexpr int kTotal = kRows * Tile::kChunks, kStep = kThreads / Tile::kChunks;  // rows
+  if (kTotal % kThreads != 0 || kStep % 8 != 0 || !from.plain || first + kRows > from.rows) {
+    slow();
+    return;
+  }
+  const int thread = ptx::thread_index(), row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+  const auto copy = [&](const Tile& to, const T* data, int stride) {
+    const T* source = data + static_cast<int64_t>(first + row) * stride + chunk * Tile::kPerChunk;
+    const uint32_t target = to.at(row, chunk);
+#pragma unroll
+    for (int i = 0; i < kTotal / kThreads; ++i)
+      ptx::cp_async_16(target + i * kStep * Tile::kPitch, source + i * static_cast<int64_t>(kStep * stride), 16);
+  };
+  copy(to_a, from.a, from.stride_a);
+  copy(to_b, from.b, from.stride_b);
+}
+
 template <class T>
 __device__ __forceinline__ void scatter_chunk(T* to, uint4 chunk, int count) {
   constexpr int kPer = 16 / static_cast<int>(sizeof(T));
@@ -142,27 +179,6 @@ __device__ __forceinline__ void put_accumulator(const Tile& tile, int row, int c
         }
       }
     }
-}
-
-// Adds one row of a 16-column pair of accumulator tiles, a and b, to 16 floats in global memory. A reduction
-// instruction costs by rows touched: where it takes 16 bytes a lane, the four lanes of a row exchange halves so that
-// one instruction covers 64 bytes of each row instead of 32.
-__device__ __forceinline__ void add_row(float* row, float2 a, float2 b, bool exists) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const int t = lane_id() % 4;
-  const auto exchange = [](float2& x, float2& y, bool high, int distance) {  // low lanes keep x, high lanes keep y
-    const float2 give = high ? x : y;
-    const float2 take = {__shfl_xor_sync(~0u, give.x, distance), __shfl_xor_sync(~0u, give.y, distance)};
-    (high ? x : y) = take;
-  };
-  exchange(a, b, t >= 2, 2);      // lanes 0, 1 hold columns 2t and 2t + 4 of tile a, lanes 2, 3 those of tile b
-  exchange(a, b, t % 2 != 0, 1);  // four neighbours each
-  if (exists) ptx::red_add_v4(row + 4 * t, a.x, a.y, b.x, b.y);
-#else
-  if (!exists) return;
-  ptx::red_add_v2(row + lane_col(), a.x, a.y);
-  ptx::red_add_v2(row + 8 + lane_col(), b.x, b.y);
-#endif
 }
 
 }  // namespace hstu_ops::cuda

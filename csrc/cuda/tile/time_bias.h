@@ -30,19 +30,26 @@ struct TimeRun {
   }
 };
 
-// The times of one warp's tile, spread over its lanes; rows are queries unless kTransposed.
-template <bool kTransposed, int kRows, int kCols>
+// Buckets a tile's scratch has room for.
+template <class Slots, class = void>
+constexpr int kSlots = 64;
+template <class Slots>
+constexpr int kSlots<Slots, std::void_t<decltype(Slots::kCount)>> = Slots::kCount;
+
+// The times of one warp's tile, spread over its lanes; rows are queries unless kTransposed. kLines: see TimeTerm.
+template <bool kTransposed, int kRows, int kCols, bool kLines = false>
 struct TileTimes {
   static_assert(kRows <= 32 && kCols <= 64, "one row and two columns a lane");
   static constexpr int kWords = (kCols + 31) / 32;
 
   int row, col[kWords];  // relative to the time of the first key
   int query, key;
-  bool fast;         // 32 bits and one comparison are enough
-  int bucket, last;  // smallest and largest bucket of the tile
+  enum Way { kSearch, kCells, kLine } way;  // how elements are looked up: with the latter two 32 bits are enough
+  int bucket, last;                         // smallest and largest bucket of the tile
+  TimeLine line;                            // for kLine: of all its gaps, from the boundary behind `bucket` on
 
   __device__ __forceinline__ TileTimes(const TimeTerm& t, int query, int key)
-      : query(query), key(key), fast(false), bucket(0), last(0) {
+      : query(query), key(key), way(kSearch), bucket(0), last(0) {
     const int lane = lane_id();
     const int64_t base = t.key_time(key);
     bool fits = true;
@@ -55,41 +62,33 @@ struct TileTimes {
       col_lo = min_int(col_lo, col[w]);
       col_hi = max_int(col_hi, col[w]);
     }
-    fast = __all_sync(~0u, fits);
-    if (fast) {
-      lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
-      col_lo = __reduce_min_sync(~0u, col_lo), col_hi = __reduce_max_sync(~0u, col_hi);
-      const int gap_lo = kTransposed ? col_lo - hi : lo - col_hi, gap_hi = kTransposed ? col_hi - lo : hi - col_lo;
-      bool known = true;
-      bucket = t.bucket_of(gap_lo, known);
-      last = t.bucket_of(gap_hi, known);
-      fast = known && (bucket == last || t.simple(gap_lo, gap_hi));
+    if (!__all_sync(~0u, fits)) {
+      last = t.count;
+      return;
     }
-    if (!fast) find_range(t);
+    lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
+    col_lo = __reduce_min_sync(~0u, col_lo), col_hi = __reduce_max_sync(~0u, col_hi);
+    const int gap_lo = kTransposed ? col_lo - hi : lo - col_hi, gap_hi = kTransposed ? col_hi - lo : hi - col_lo;
+    const int lowest = t.template known_bucket<kLines>(gap_lo), highest = t.template known_bucket<kLines>(gap_hi);
+    if (lowest >= 0 && highest >= 0 && (lowest == highest || t.simple(gap_lo, gap_hi))) {
+      bucket = lowest, last = highest;
+      way = kCells;
+      return;
+    }
+    const int2 range = t.buckets(gap_lo, gap_hi);
+    bucket = range.x, last = range.y;
+    if (kLines) line = t.line_through(bucket, last);
+    if (kLines && line.start >= 0.f) way = kLine;
   }
 
   // s += argument * weight[bucket]
   template <int kM, int kN>
   __device__ __forceinline__ void add(const TimeTerm& t, Accumulator<kM, kN>& s, float argument) const {
-    if (!fast) {
+    if (way == kSearch) {
       add_searching(t, s, argument);
-      return;
+    } else {
+      each_bucket(t, s, [&](float& x, int at) { x = fmaf(argument, __ldg(t.weight + at), x); });
     }
-    int rows[2 * kM];
-#pragma unroll
-    for (int r = 0; r < 2 * kM; ++r) rows[r] = __shfl_sync(~0u, row, r * 8 + lane_row());
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int at = __shfl_sync(~0u, col[n / 4], n % 4 * 8 + lane_col() + c);
-#pragma unroll
-        for (int r = 0; r < 2 * kM; ++r) {
-          float& x = s.x[r / 2][n][r % 2 * 2 + c];
-          x = fmaf(argument, t.weight_of(kTransposed ? at - rows[r] : rows[r] - at), x);
-        }
-        __syncwarp();  // keeps look-ups of later columns, and their registers, from being moved up here
-      }
   }
 
   // Bucket of one element, however far apart.
@@ -105,7 +104,7 @@ struct TileTimes {
     ds.each([&](float x, int, int) { most = fmaxf(most, fabsf(x)); });
     const unsigned top = __reduce_max_sync(~0u, __float_as_uint(most));
     if (top == 0) return;
-    if (fast && last - bucket < kSlots && top < 0x7f800000) {
+    if (way != kSearch && last - bucket < kSlots<Slots> && top < 0x7f800000) {
       add_counting<kIs16Bit<T> ? 1 : 2>(t, ds, to, slots, top);
     } else {
       TimeRun run;
@@ -121,7 +120,34 @@ struct TileTimes {
   }
 
  private:
-  static constexpr int kSlots = 64;
+  // f(x, its bucket) for all elements; not for kSearch.
+  template <int kM, int kN, class F>
+  __device__ __forceinline__ void each_bucket(const TimeTerm& t, Accumulator<kM, kN>& s, F&& f) const {
+    if (way == kCells) {
+      each_found(s, f, [&](int gap) { return t.template bucket_of<kLines>(gap); });
+    } else if constexpr (kLines) {
+      const int origin = static_cast<int>(__ldg(t.boundaries + bucket));
+      each_found(s, f, [&](int gap) {
+        return t.decide(gap, clamp_int(line.at(__int2float_rz(gap - origin)), bucket, last - 1));
+      });
+    }
+  }
+  template <int kM, int kN, class F, class Find>
+  __device__ __forceinline__ void each_found(Accumulator<kM, kN>& s, F&& f, Find&& find) const {
+    int rows[2 * kM];
+#pragma unroll
+    for (int r = 0; r < 2 * kM; ++r) rows[r] = __shfl_sync(~0u, row, r * 8 + lane_row());
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int at = __shfl_sync(~0u, col[n / 4], n % 4 * 8 + lane_col() + c);
+#pragma unroll
+        for (int r = 0; r < 2 * kM; ++r)
+          f(s.x[r / 2][n][r % 2 * 2 + c], find(kTransposed ? at - rows[r] : rows[r] - at));
+        __syncwarp();  // keeps look-ups of later columns, and their registers, from being moved up here
+      }
+  }
 
   // Sums per bucket as integers in shared memory, which adds those at full speed and in any order to the same result:
   // values are scaled to 20 bits below the largest, and with two digits their remainders to 20 more.
@@ -132,33 +158,22 @@ struct TileTimes {
     constexpr float kDigit = 1 << 20;
     const int exponent = max_int(static_cast<int>(top >> 23), 20);
     const float scale = __int_as_float((273 - exponent) << 23), unscale = __int_as_float((exponent - 19) << 23);
-    for (int i = lane_id(); i < kSlots * kDigits; i += 32) ptx::st_shared(slots.at(i), 0u);
+    for (int i = lane_id(); i <= last - bucket; i += 32)
+      for (int d = 0; d < kDigits; ++d) ptx::st_shared(slots.at(d * kSlots<Slots> + i), 0u);
     __syncwarp();
-    int rows[2 * kM];
-#pragma unroll
-    for (int r = 0; r < 2 * kM; ++r) rows[r] = __shfl_sync(~0u, row, r * 8 + lane_row());
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int at = __shfl_sync(~0u, col[n / 4], n % 4 * 8 + lane_col() + c);
-#pragma unroll
-        for (int r = 0; r < 2 * kM; ++r) {
-          const float x = ds.x[r / 2][n][r % 2 * 2 + c] * scale;
-          if (x == 0.f) continue;  // a time past the end of the sequence may lie in any bucket
-          bool known = true;
-          const int slot = t.bucket_of(kTransposed ? at - rows[r] : rows[r] - at, known) - bucket;
-          const int digit = __float2int_rn(x);
-          ptx::red_shared_add(slots.at(slot), digit);
-          if (kDigits == 2)
-            ptx::red_shared_add(slots.at(kSlots + slot), __float2int_rn((x - static_cast<float>(digit)) * kDigit));
-        }
-        __syncwarp();  // as in add
-      }
+    each_bucket(t, const_cast<Accumulator<kM, kN>&>(ds), [&](float& d, int at) {
+      const float x = d * scale;
+      if (x == 0.f) return;  // a time past the end of the sequence may lie in any bucket
+      const int digit = __float2int_rn(x);
+      ptx::red_shared_add(slots.at(at - bucket), digit);
+      if (kDigits == 2)
+        ptx::red_shared_add(slots.at(kSlots<Slots> + at - bucket),
+                            __float2int_rn((x - static_cast<float>(digit)) * kDigit));
+    });
     __syncwarp();
     for (int i = lane_id(); i <= last - bucket; i += 32) {
       float sum = static_cast<float>(ptx::ld_shared_int(slots.at(i)));
-      if (kDigits == 2) sum += static_cast<float>(ptx::ld_shared_int(slots.at(kSlots + i))) / kDigit;
+      if (kDigits == 2) sum += static_cast<float>(ptx::ld_shared_int(slots.at(kSlots<Slots> + i))) / kDigit;
       to.add(bucket + i, sum * unscale);
     }
     __syncwarp();
@@ -174,6 +189,7 @@ struct TileTimes {
   __device__ __forceinline__ void add_searching(const TimeTerm& t, Accumulator<kM, kN>& s, float argument) const {
 #pragma unroll 1
     for (int at = 0; at < kM * kN * 4; ++at) {
+      __syncwarp();  // as above, for what the search reads
       const int lane = ptx::thread_index() % 32;
       const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
       const float w = argument * __ldg(t.weight + find(t, kTransposed ? j : i, kTransposed ? i : j));
@@ -185,26 +201,6 @@ struct TileTimes {
           for (int e = 0; e < 4; ++e)
             if (at == (m * kN + n) * 4 + e) s.x[m][n][e] += w;
     }
-  }
-  // Smallest and largest gap in 64 bits; where they could wrap around, every bucket is possible.
-  __device__ __forceinline__ void find_range(const TimeTerm& t) {
-    constexpr int kQueries = kTransposed ? kCols : kRows, kKeys = kTransposed ? kRows : kCols;
-    long long q_lo = INT64_MAX, q_hi = INT64_MIN, k_lo = INT64_MAX, k_hi = INT64_MIN;
-    for (int i = lane_id(); i < 64; i += 32) {
-      const long long q = t.query_time(query + i % kQueries), k = t.key_time(key + i % kKeys);
-      q_lo = min(q_lo, q), q_hi = max(q_hi, q), k_lo = min(k_lo, k), k_hi = max(k_hi, k);
-    }
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) {
-      q_lo = min(q_lo, __shfl_xor_sync(~0u, q_lo, d));
-      q_hi = max(q_hi, __shfl_xor_sync(~0u, q_hi, d));
-      k_lo = min(k_lo, __shfl_xor_sync(~0u, k_lo, d));
-      k_hi = max(k_hi, __shfl_xor_sync(~0u, k_hi, d));
-    }
-    constexpr long long kFar = 1ll << 62;
-    const bool safe = q_lo > -kFar && k_lo > -kFar && q_hi < kFar && k_hi < kFar;
-    bucket = safe ? t.search(q_lo - k_hi, 0, t.count) : 0;
-    last = safe ? t.search(q_hi - k_lo, 0, t.count) : t.count;
   }
 };
 

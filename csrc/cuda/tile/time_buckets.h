@@ -3,7 +3,10 @@
 // Where times rise, the corners of a tile have its smallest and its largest gap; a tile of one bucket needs one weight,
 // a tile of few a comparison with each boundary between them (tile/time_steps.h). Elsewhere gaps are formed in 32 bits
 // against a base time of the tile and looked up in a table of cells, [2^e (1 + f / 4), 2^e (1 + (f + 1) / 4)): a cell
-// with at most one boundary answers with one comparison. Gaps that do not fit take a binary search in 64 bits.
+// with at most one boundary answers with one comparison. For tables of more buckets than that can serve (2048 of a
+// square root) cells hold a line instead, which gives the bucket or the one before it, and the boundary between them
+// decides.
+// Gaps that do not fit take a binary search in 64 bits.
 #pragma once
 
 #include "core/bias.h"
@@ -14,8 +17,20 @@
 namespace hstu_ops::cuda {
 
 struct __align__(8) TimeCell {
-  int threshold;  // gaps from here on are in the next bucket; or, if bucket < 0, the last bucket of the cell
-  int bucket;     // of the cell's first gap; ~bucket where the cell holds several boundaries
+  int threshold;  // gaps from here on are in the next bucket
+  int bucket;     // of the cell's first gap; -1 where the cell holds several boundaries
+};
+
+// slope * distance + start, rounded down: the bucket of a gap or the one before it.
+struct TimeLine {
+  float slope, start;  // start < 0: there is no such line
+
+  // A line that is off by least to most at the boundaries, of which the first is number `first`.
+  __device__ static TimeLine centred(float slope, float least, float most, int first) {
+    constexpr float kRoom = 0.9f;  // of 1, for rounding
+    return {slope, most - least < kRoom ? max(first + 0.5f - 0.5f * (most + least), 0.f) : -1.f};
+  }
+  __device__ __forceinline__ int at(float distance) const { return __float2int_rd(fmaf(slope, distance, start)); }
 };
 
 struct BucketRange {
@@ -45,9 +60,19 @@ struct TimeTerm {
         last_key(s.mask.len - 1),
         cells(static_cast<uint32_t>(__cvta_generic_to_shared(shared))) {}
 
+  // Of tables of more boundaries than this, cells hold lines (kLines).
+  static constexpr int kMostCellBoundaries = 128;
+
   // This thread's share of the cells.
+  template <bool kLines = false>
   __device__ __forceinline__ void make_cells(void* shared, int thread, int threads) const {
-    for (int c = thread; c < kCells; c += threads) static_cast<TimeCell*>(shared)[c] = make_cell(c);
+    for (int c = thread; c < kCells; c += threads) {
+      if constexpr (kLines) {
+        static_cast<TimeLine*>(shared)[c] = make_line(c);
+      } else {
+        static_cast<TimeCell*>(shared)[c] = make_cell(c);
+      }
+    }
   }
 
   __device__ int64_t query_time(int i) const { return __ldg(query_times + clamp_int(i, first_query, last_query)); }
@@ -67,8 +92,33 @@ struct TimeTerm {
   __device__ TimeCell make_cell(int c) const {
     const int2 ends = buckets(first_gap(c), first_gap(c + 1) - 1);
     const int lo = ends.x, hi = ends.y;
-    if (hi - lo > 1) return {hi, ~lo};
+    if (hi - lo > 1) return {INT32_MAX, -1};
     return {hi > lo ? static_cast<int>(min(boundaries[lo], static_cast<int64_t>(INT32_MAX))) : INT32_MAX, lo};
+  }
+  // Distance of a gap from the start of its cell.
+  __device__ static __forceinline__ float distance(int gap) {
+    const float x = __int2float_rz(gap);
+    return x - __int_as_float(__float_as_int(x) & ~0x1fffff);
+  }
+  __device__ __forceinline__ TimeLine make_line(int c) const {
+    constexpr int kMost = 64;
+    const int64_t begin = first_gap(c), end = first_gap(c + 1);
+    const int2 ends = buckets(begin, end - 1);
+    const int lo = ends.x, hi = ends.y;
+    if (hi - lo <= 1) return {0.f, static_cast<float>(lo)};
+    if (hi - lo > kMost || c == 0) return {0.f, -1.f};
+    const auto x = [&](int l) { return distance(static_cast<int>(boundaries[l])); };
+    const float first = x(lo), slope = (hi - 1 - lo) / (x(hi - 1) - first);
+    float least = 0.f, most = 0.f;
+#pragma unroll 4
+    for (int l = lo; l < hi; ++l) {
+      const float off = slope * x(l) - (l - lo);
+      least = l == lo ? off : min(least, off), most = l == lo ? off : max(most, off);
+    }
+    const TimeLine line = TimeLine::centred(slope, least, most, lo);
+    // The start and the end of the cell may still be off.
+    const int low = line.at(distance(static_cast<int>(begin))), high = line.at(distance(static_cast<int>(end - 1)));
+    return low >= lo - 1 && low <= lo && high >= hi - 1 && high <= hi ? line : TimeLine{0.f, -1.f};
   }
 
   // Do the times of this thread's share of the queries, or keys, rise? Any thread that says no must be heard.
@@ -126,15 +176,43 @@ struct TimeTerm {
     }
     return lo;
   }
-  // These two know nothing of cells with several boundaries, but the first can say so.
-  __device__ __forceinline__ int bucket_of(int gap, bool& known) const {
+  // Knows nothing of cells that do not answer.
+  template <bool kLines>
+  __device__ __forceinline__ int bucket_of(int gap) const {
     const TimeCell c = cell(cell_of(gap));
-    known = known && c.bucket >= 0;
-    return c.bucket + (gap >= c.threshold);
+    if constexpr (kLines) {
+      const TimeLine line = {__int_as_float(c.threshold), __int_as_float(c.bucket)};
+      return decide(gap, min_int(line.at(distance(gap)), count - 1));
+    } else {
+      return c.bucket + (gap >= c.threshold);
+    }
   }
-  __device__ __forceinline__ float weight_of(int gap) const {
-    const TimeCell c = cell(cell_of(gap));
-    return __ldg(weight + c.bucket + (gap >= c.threshold));
+  // Negative where the gap's cell does not answer.
+  template <bool kLines>
+  __device__ __forceinline__ int known_bucket(int gap) const {
+    return cell(cell_of(gap)).bucket < 0 ? -1 : bucket_of<kLines>(gap);
+  }
+  // The bucket of a gap out of `guess` and the one behind it.
+  __device__ __forceinline__ int decide(int gap, int guess) const { return guess + (gap >= __ldg(boundaries + guess)); }
+  // A line for gaps of the buckets [first, last] and how far they are from boundary `first`.
+  __device__ __forceinline__ TimeLine line_through(int first, int last) const {
+    constexpr int kMost = 128;
+    if (last - first < 2 || last - first > kMost) return {0.f, -1.f};
+    const int64_t origin = __ldg(boundaries + first);
+    const int64_t span = __ldg(boundaries + last - 1) - origin;
+    if (span <= 0) return {0.f, -1.f};
+    const float slope = (last - 1 - first) / static_cast<float>(span);
+    float least = 0.f, most = 0.f;  // as the first boundary's
+    for (int l = first + lane_id(); l < last; l += 32) {
+      const float off = slope * static_cast<float>(__ldg(boundaries + l) - origin) - (l - first);
+      least = min(least, off), most = max(most, off);
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+      least = min(least, __shfl_xor_sync(~0u, least, d));
+      most = max(most, __shfl_xor_sync(~0u, most, d));
+    }
+    return TimeLine::centred(slope, least, most, first);
   }
   // Do all gaps in [lo, hi] lie in cells that answer with one comparison?
   __device__ __forceinline__ bool simple(int lo, int hi) const {

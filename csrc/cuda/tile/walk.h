@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/mask.h"
+#include "cuda/ptx/memory.h"
 #include "cuda/tile/layout.h"
 
 namespace hstu_ops::cuda {
@@ -27,31 +28,50 @@ struct Classes {
   bool visited, mine, covered;
 };
 
-template <class Classify>
+// kInShared: what a warp knows of them is kept in shared memory, where registers are scarcer.
+template <bool kInShared, class Classify>
 class TileWalk {
  public:
-  __device__ TileWalk(int count, const Classify& classify) : classify_(classify), count_(count) {}
+  __device__ TileWalk(int count, const Classify& classify) : classify_(classify), count_(count) {
+    if (kInShared) ptx::st_shared(place(), known_);
+  }
 
   __device__ __forceinline__ TileState next() {
-    while (visited_ == 0) {
-      if (upcoming_ >= count_) return {};
-      const int tile = upcoming_ + lane_id();
-      upcoming_ += 32;
-      Classes c = {false, false, false};
-      if (tile < count_) c = classify_(tile);
-      visited_ = __ballot_sync(~0u, c.visited);
-      mine_ = __ballot_sync(~0u, c.mine);
-      covered_ = __ballot_sync(~0u, c.covered);
-    }
-    const int bit = __ffs(visited_) - 1;
-    visited_ &= visited_ - 1;
-    return {upcoming_ - 32 + bit, (mine_ >> bit & 1) != 0, (covered_ >> bit & 1) != 0};
+    if (!kInShared) return next(known_);
+    const uint32_t place = TileWalk::place();
+    __syncwarp();  // all lanes have written the same
+    uint4 known = ptx::ld_shared_u4(place);
+    const TileState tile = next(known);
+    ptx::st_shared(place, known);
+    return tile;
   }
 
  private:
+  // known: tiles visited, kept by this warp, covered, of the 32 before the one it ends with.
+  __device__ __forceinline__ TileState next(uint4& known) {
+    while (known.x == 0) {
+      const int tile = static_cast<int>(known.w) + lane_id();
+      if (static_cast<int>(known.w) >= count_) return {};
+      known.w += 32;
+      Classes c = {false, false, false};
+      if (tile < count_) c = classify_(tile);
+      known.x = __ballot_sync(~0u, c.visited);
+      known.y = __ballot_sync(~0u, c.mine);
+      known.z = __ballot_sync(~0u, c.covered);
+    }
+    const int bit = __ffs(known.x) - 1;
+    known.x &= known.x - 1;
+    return {static_cast<int>(known.w) - 32 + bit, (known.y >> bit & 1) != 0, (known.z >> bit & 1) != 0};
+  }
+  __device__ static __forceinline__ uint32_t place() {
+    constexpr int kMostWarps = 8;
+    __shared__ uint4 places[kMostWarps];
+    return static_cast<uint32_t>(__cvta_generic_to_shared(places)) + ptx::thread_index() / 32 * 16;
+  }
+
   Classify classify_;
-  int count_, upcoming_ = 0;
-  unsigned visited_ = 0, mine_ = 0, covered_ = 0;
+  int count_;
+  uint4 known_ = {0, 0, 0, 0};
 };
 
 __device__ __forceinline__ uint64_t bits_below(int n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }

@@ -10,7 +10,7 @@
 namespace hstu_ops::cuda {
 
 struct BwdWorkspace {
-  float* grad_q = nullptr;     // [total_q, heads, padded dim_qk]
+  float* grad_q = nullptr;     // total_q * heads * padded dim_qk, in the kernel's order
   unsigned* turns = nullptr;   // [query blocks, heads]: blocks of keys that have added; null: any order will do
   unsigned* ticket = nullptr;  // next work item; null: block index
   TableSums position, time;
