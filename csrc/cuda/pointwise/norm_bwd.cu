@@ -18,6 +18,8 @@ struct Config {
   static constexpr int kTensors = kGate == Gate::kNone ? 2 : kGate == Gate::kAny ? 5 : 3;
   static constexpr int kStages = 2;
   static constexpr int kBlocks = kGate == Gate::kPlain && !kSums ? 3 : 2;  // of a processor
+  // Turns of blocks: where a row takes long, processors that are slower are left fewer rows.
+  static constexpr int kTurns = kGate == Gate::kAny || (kGate == Gate::kSilu && kSums) ? 2 : 1;
 };
 
 // What a row's mean and variance take from the gradient of its elements, and what is left of each.
@@ -84,6 +86,11 @@ struct Backward {
     TeamSum<3> team_sum(shared, at.lanes());  // its two places are each used once a row
     const int64_t row = at.row + iteration * span.step;
     const bool exists = iteration < span.count;
+    uint4 kept[kPieces];  // of the products: drawn here, where both pieces' chains of instructions overlap
+    if constexpr (kCopies) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) kept[i] = dropper.template mask<T>(row, at.column_of(i), Section::kProduct);
+    }
     float mean[1] = {0};
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
@@ -100,7 +107,7 @@ struct Backward {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       if (!(exists && at.has(i))) continue;
-      gradients(stage, row, i, d[i], slope[i]);
+      gradients(stage, i, kept[i], d[i], slope[i]);
       const Piece<T> in = R::get(stage, kX, i);
       Floats weight;
       if constexpr (kSums) affine.weight(i, weight);
@@ -123,10 +130,10 @@ struct Backward {
   }
 
   // d: the gradient of the norm's own result, without dropout's scale; slope: SiLU's.
-  __device__ __forceinline__ void gradients(uint32_t stage, int64_t row, int i, Floats& d, Floats& slope) const {
+  __device__ __forceinline__ void gradients(uint32_t stage, int i, const uint4& kept, Floats& d, Floats& slope) const {
     Piece<T> g = R::get(stage, kGrad, i);
     if constexpr (kCopies) {
-      g = dropper.drop(g, row, at.column_of(i), Section::kProduct);
+      g = Dropper::drop(g, kept);
       R::put(stage, kGrad, i, g);
     }
     const Piece<T> gate = R::get(stage, kGated ? kU : kX, i);
@@ -177,7 +184,8 @@ struct Backward {
   __device__ __forceinline__ void add_copy(uint32_t stage, int64_t row, int i, Tensor tensor, Section section,
                                            Floats& to) const {
     if (!concat()) return;
-    const Piece<T> g = dropper.drop(R::get(stage, tensor, i), row, at.column_of(i), section);
+    const uint4 kept = dropper.template mask<T>(row, at.column_of(i), section);
+    const Piece<T> g = Dropper::drop(R::get(stage, tensor, i), kept);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) to[e] += g[e] * dropper.scale;
   }
@@ -252,7 +260,8 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
 int summing_blocks(const NormProblem& p) {
   int blocks = 0;
   with_gate(gate_of(p), [&](auto gate) -> Status {
-    blocks = row_blocks(p, team_layout(p), Config<gate.value, true>::kBlocks);
+    using C = Config<gate.value, true>;
+    blocks = row_blocks(p, team_layout(p), C::kBlocks * C::kTurns);
     return {};
   });
   return blocks;
@@ -309,7 +318,8 @@ Status norm_bwd(const NormBwdParams& params, void* workspace, void* stream) {
         return with_team(p, layout, [&](auto team) -> Status {
           using C = Config<gate.value, summed.value>;
           constexpr int kBytes = Backward<decltype(element), gate.value, summed.value, team.value>::R::kBytes;
-          const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks)), group_blocks(p, layout));
+          const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks * C::kTurns)),
+                          group_blocks(p, layout));
           const auto kernel = norm_bwd_kernel<decltype(element), gate.value, summed.value, team.value>;
           const int bytes =
               kBytes + (summed.value ? static_cast<int>(SharedAffine<decltype(element)>::bytes(layout)) : 0);

@@ -16,8 +16,8 @@ constexpr int kStages = 2;  // of rows on their way, where blocks stay
 template <Gate kGate, bool kAffine>
 struct Config {
   static constexpr bool kStays = kGate == Gate::kAny || (kGate != Gate::kNone && kAffine);
-  static constexpr int kRows = kStays ? 1 : 2;                              // of a team
-  static constexpr int kBlocks = kGate == Gate::kNone && !kAffine ? 4 : 3;  // of a processor, at least
+  static constexpr int kRows = kStays ? 1 : 2;                                           // of a team
+  static constexpr int kBlocks = kStays ? 2 : kGate == Gate::kNone && !kAffine ? 4 : 3;  // of a processor, at least
 };
 
 template <class T, Gate kGate, bool kAffine, Team kTeam>
@@ -160,7 +160,7 @@ struct Forward {
 
   __device__ __forceinline__ void put(int r, int i, Section section, const Floats& values) const {
     Piece<T> to(values);
-    if constexpr (kCopies) to = dropper.drop(to, row(r), at.column_of(i), section);
+    if constexpr (kCopies) to = Dropper::drop(to, dropper.template mask<T>(row(r), at.column_of(i), section));
     *at.piece(out.at + r * out.step + static_cast<int>(section) * section_bytes, i) = to.word;
   }
 };

@@ -81,6 +81,7 @@ struct Dropper {
   // All bits of a piece that are kept.
   template <class T>
   __device__ __forceinline__ uint4 mask(int64_t row, int column, Section section) const {
+    if (!p) return make_uint4(~0u, ~0u, ~0u, ~0u);
     const RandomWords words =
         random_words(state, static_cast<uint64_t>(row), static_cast<uint32_t>(column / 8), section);
     if constexpr (sizeof(T) == 2) {
@@ -94,9 +95,7 @@ struct Dropper {
   }
   // x of a piece, 0 where an element is dropped; not scaled.
   template <class T>
-  __device__ __forceinline__ Piece<T> drop(const Piece<T>& x, int64_t row, int column, Section section) const {
-    if (!p) return x;
-    const uint4 bits = mask<T>(row, column, section);
+  __device__ __forceinline__ static Piece<T> drop(const Piece<T>& x, const uint4& bits) {
     return Piece<T>(make_uint4(x.word.x & bits.x, x.word.y & bits.y, x.word.z & bits.z, x.word.w & bits.w));
   }
 
