@@ -7,7 +7,7 @@
 #include "cuda/pointwise/sigmoid.h"
 #include "cuda/pointwise/team_launch.h"
 #include "cuda/pointwise/walk.h"
-#include "cuda/ptx/launch.h"
+#include "cuda/ptx/dependent.h"
 
 namespace hstu_ops::cuda {
 namespace {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   __shared__ float slices[kSumSlices][kSumColumns];
   const int lane = static_cast<int>(threadIdx.x) % kSumColumns, slice = static_cast<int>(threadIdx.x) / kSumColumns;
   const int column = static_cast<int>(blockIdx.x) * kSumColumns + lane;
-  ptx::wait_for_last_kernel();
+  ptx::wait_for_prerequisites();
   float total = 0;
   if (column < columns) {
 #pragma unroll 8
