@@ -479,6 +479,24 @@ def test_rows_beyond_32_bits(device):
     assert torch.equal(u[last], hstu_ops.silu_split(x.detach()[last], (512, 0, 0, 0))[0])
 
 
+def test_rows_far_apart(device):
+    """Whose blocks step over more than 2^32 bytes; on CUDA only, where there is memory for it."""
+    if device == "cpu":
+        pytest.skip("needs gigabytes")
+    rows, stride = 300_000, 16384
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB")
+    far = torch.empty(rows, stride, device=device, dtype=torch.bfloat16)[:, :16]
+    far.copy_(torch.randn(rows, 16, device=device))
+    near = far.contiguous().requires_grad_()
+    far = far.detach().requires_grad_()
+    for call in (hstu_ops.layer_norm, lambda x: hstu_ops.norm_gate(x, x.detach(), dropout=0.5, seed=1)):
+        got, want = call(far), call(near)
+        torch.testing.assert_close(got, want)
+        grad = torch.ones_like(want)
+        torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y, x in ((got, far), (want, near))))
+
+
 # ---- what torch asks -----------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ struct Config {
   static constexpr int kBlocks = kGate == Gate::kPlain && !kSums ? 3 : 2;  // of a processor
   // Turns of blocks: where a row takes long, processors that are slower are left fewer rows.
   static constexpr int kTurns = kGate == Gate::kAny || (kGate == Gate::kSilu && kSums) ? 2 : 1;
+  static_assert(kBlocks * kTurns <= kMostBlocks, "can_walk counts on it");
 };
 
 // What a row's mean and variance take from the gradient of its elements, and what is left of each.
@@ -308,8 +309,7 @@ Status norm_bwd(const NormBwdParams& params, void* workspace, void* stream) {
   if (p.dtype == DType::kFloat64) return {kNoFloat64};
   if (p.rows == 0) return clear_sums(params, queue);
   float* const sums = static_cast<float*>(workspace);
-  if (!fits_teams(p) || !aligned(params.grad_out, p.dtype) || !aligned(params.grad_x, p.dtype) ||
-      !aligned(params.grad_u, p.dtype))
+  if (!fits_teams(p) || !can_walk(p, params.grad_out) || !can_walk(p, params.grad_x) || !can_walk(p, params.grad_u))
     return norm_any_bwd(params, params.grad_weight ? sums : nullptr, queue);
   const TeamLayout layout = team_layout(p);
   const Status status = with_type(p.dtype, [&](auto element) {

@@ -187,7 +187,7 @@ Status norm_fwd(const NormFwdParams& params, void*, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   if (p.dtype == DType::kFloat64) return {kNoFloat64};
   if (p.rows == 0) return {};
-  if (!fits_teams(p) || !aligned(params.out, p.dtype)) return norm_any_fwd(params, queue);
+  if (!fits_teams(p) || !can_walk(p, params.out)) return norm_any_fwd(params, queue);
   const TeamLayout layout = team_layout(p);
   return with_type(p.dtype, [&](auto element) {
     return with_gate(gate_of(p), [&](auto gate) {

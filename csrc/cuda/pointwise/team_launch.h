@@ -16,13 +16,6 @@ inline bool aligned(const Rows& rows, DType dtype) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && step % 16 == 0;
 }
 
-// Whether teams take a norm: the others go to norm_any.
-inline bool fits_teams(const NormProblem& p) {
-  const size_t bytes = p.width() * element_size(p.dtype);
-  return bytes % 16 == 0 && bytes <= kThreads * 32 && aligned(p.x, p.dtype) && aligned(p.u, p.dtype) &&
-         reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && reinterpret_cast<uintptr_t>(p.bias) % 16 == 0;
-}
-
 inline TeamLayout team_layout(const NormProblem& p) {
   TeamLayout layout;
   layout.lanes = 1;
@@ -54,6 +47,23 @@ inline int row_blocks(const NormProblem& p, const TeamLayout& layout, int blocks
   const int held = max_int(blocks_per_processor * processors / static_cast<int>(group_blocks(p, layout)), 1);
   const int64_t needed = (p.rows + layout.slots - 1) / layout.slots;
   return needed < held ? static_cast<int>(needed) : held;
+}
+
+constexpr int kMostBlocks = 4;  // of a processor, in as many turns as it takes
+
+// Every row starts on 16 bytes, and the way to a team's next row fits 32 bits.
+inline bool can_walk(const NormProblem& p, const Rows& rows) {
+  const TeamLayout layout = team_layout(p);
+  const int64_t step = int64_t{row_blocks(p, layout, kMostBlocks)} * layout.slots;
+  const int64_t most = (int64_t{1} << 32) / static_cast<int64_t>(element_size(p.dtype)) / step;
+  return aligned(rows, p.dtype) && rows.row_stride < most;
+}
+
+// Whether teams take a norm: the others go to norm_any.
+inline bool fits_teams(const NormProblem& p) {
+  const size_t bytes = p.width() * element_size(p.dtype);
+  return bytes % 16 == 0 && bytes <= kThreads * 32 && can_walk(p, p.x) && can_walk(p, p.u) &&
+         reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && reinterpret_cast<uintptr_t>(p.bias) % 16 == 0;
 }
 
 constexpr const char* kNoFloat64 = "float64 is not supported on CUDA: convert to float32, or run on the CPU";
