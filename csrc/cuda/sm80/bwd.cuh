@@ -175,9 +175,10 @@ struct BwdTile {
   }
 
   // Before dS' is written: its place is scratch.
-  __device__ __forceinline__ void sum_bias(const BiasTile& bias, typename Bias::GradState& state, int scores, int step,
+  __device__ __forceinline__ void sum_bias(const BiasTile& bias, typename Bias::GradState& state, int stage, int step,
                                            const Scores& ds) const {
-    const ScoreSlots slots{shared.ds.stage(scores, C::kKeys), warp_key(), step * static_cast<int>(sizeof(T)) / 16};
+    const ScoreSlots slots{shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(),
+                           step * static_cast<int>(sizeof(T)) / 16};
     bias.template add_grad<T>(ds, tables(), state, slots);
   }
 
@@ -198,15 +199,15 @@ struct BwdTile {
   // This warp's step of P' and dS' into shared memory.
   template <bool kRowScale>
   __device__ __forceinline__ void exchange(const Bias& bias, typename Bias::GradState& state, const TileState& at,
-                                           int stage, int scores) const {
+                                           int stage) const {
     const int step = warp() / C::kKeyWarps * C::kStep;
     Scores s, d;
     prepare(bias, at.tile());
     const BiasTile offsets = bias_tile(bias, at.tile(), step);
     score<kRowScale>(offsets, at, stage, step, s, d);
-    put_accumulator<T>(shared.ds.stage(scores + 1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
-    sum_bias(offsets, state, scores, step, d);
-    put_accumulator<T>(shared.ds.stage(scores, C::kKeys), warp_key(), step, d, [](int) { return 1.f; });
+    put_accumulator<T>(shared.ds.stage(1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
+    sum_bias(offsets, state, stage, step, d);
+    put_accumulator<T>(shared.ds, warp_key(), step, d, [](int) { return 1.f; });
   }
 
   __device__ __forceinline__ void apply_row_scale(int query, Scores& s, Scores& d) const {
@@ -291,34 +292,26 @@ struct BwdTile {
     }
   }
 
-  // dV and dK of a tile whose P' and dS' are complete.
-  __device__ __forceinline__ void multiply(int stage, int scores) {
-    multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(scores + 1, C::kKeys), warp_key(),
-                                   shared.g.stage(stage, C::kQueries), own_col());
-    multiply_tiles<T, C::kQueries>(dk, shared.ds.stage(scores, C::kKeys), warp_key(),
-                                   shared.q.stage(stage, C::kQueries), own_col());
-  }
-  __device__ __forceinline__ void put_scores(const Bias& bias, typename Bias::GradState& state, TileState current,
-                                             int stage, int scores) {
-    if (current.mine()) {
-      by_scale([&](auto per_row) { exchange<decltype(per_row)::value>(bias, state, current, stage, scores); });
-    } else if (own_col() == 0) {
-      clear_ds(scores);
-    }
-  }
-
   template <class Walk>
   __device__ __forceinline__ void run_exchange(const Bias& bias, typename Bias::GradState& state, Walk& walk,
                                                TileState current) {
     constexpr int kOther = C::kStages - 1;
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= kOther) {
-      put_scores(bias, state, current, stage, 0);
+      if (current.mine()) {
+        by_scale([&](auto per_row) { exchange<decltype(per_row)::value>(bias, state, current, stage); });
+      } else if (own_col() == 0) {
+        clear_ds(0);
+      }
       __syncthreads();  // P' and dS' are complete; the other stage is free
       const TileState next = walk.next();
       if (C::kStages == 2 && next.exists()) load_queries(next.tile(), stage ^ kOther);
       ptx::cp_async_commit();
-      if (current.mine()) multiply(stage, 0);
+      if (current.mine()) {
+        multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries),
+                                       own_col());
+        multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col());
+      }
       finish_tile(current.tile(), 0);
       if (C::kStages == 1 && next.exists()) {
         __syncthreads();  // this tile's Q and dO are free
@@ -328,30 +321,6 @@ struct BwdTile {
       ptx::cp_async_wait<0>();
       __syncthreads();  // the next tile has arrived; P' and dS' are free
       current = next;
-    }
-  }
-
-  // The same with three stages and two sets of P' and dS': one barrier a tile, and warps may be a product apart.
-  template <class Walk>
-  __device__ __forceinline__ void run_ahead(const Bias& bias, typename Bias::GradState& state, Walk& walk,
-                                            TileState current) {
-    TileState next = current.exists() ? walk.next() : current;
-    if (next.exists()) load_queries(next.tile(), 1);
-    ptx::cp_async_commit();
-    int stage = 0;
-#pragma unroll 1
-    for (int scores = 0; current.exists(); scores ^= 2) {
-      put_scores(bias, state, current, stage, scores);
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // P' and dS' are complete, the next tile has arrived, the one before this is free
-      const TileState after = next.exists() ? walk.next() : next;
-      if (after.exists()) load_queries(after.tile(), stage == 0 ? 2 : stage - 1);
-      ptx::cp_async_commit();
-      if (current.mine()) multiply(stage, scores);
-      finish_tile(current.tile(), scores);
-      current = next;
-      next = after;
-      stage = stage == 2 ? 0 : stage + 1;
     }
   }
 
@@ -369,9 +338,7 @@ struct BwdTile {
     typename Bias::GradState state;
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if constexpr (C::kStages == 3) {
-      run_ahead(bias, state, walk, current);
-    } else if constexpr (C::kExchange) {
+    if constexpr (C::kExchange) {
       run_exchange(bias, state, walk, current);
     } else {
       run_registers(bias, state, walk, current);

@@ -8,7 +8,6 @@ namespace hstu_ops::cuda::sm80 {
 constexpr int kSmallSharedMemory = 99 * 1024;   // sm_86, sm_89
 constexpr int kExtraBytes = 2560;               // a bias, its table and what is shared statically
 constexpr int kLargeSharedMemory = 163 * 1024;  // sm_80, sm_90
-constexpr int kHugeSharedMemory = 227 * 1024;   // sm_90
 
 // Forward: a block of threads owns kRows queries of one head, each warp 16 * kM of them, and walks tiles of kCols keys.
 template <class T_, int kDim_, int kM_, int kWarps_, int kCols_, int kStep_, int kBlocks_, bool kAhead_ = true,
@@ -88,12 +87,9 @@ struct BwdShape {
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kTileBytes = kDim * static_cast<int>(sizeof(T)),
                        kScoreBytes = kQueries * static_cast<int>(sizeof(T));
-  // dS' of two tiles, or P' and dS' of one, or of two with three stages
-  static constexpr int kScoreTiles = kStages == 3 ? 4 : 2;
-  static constexpr int kSharedBytes =
-      (2 * kKeys + 2 * kStages * kQueries) * kTileBytes + kScoreTiles * kKeys * kScoreBytes;
-  static_assert(kSharedBytes <= (kStages == 3 ? kHugeSharedMemory : kLargeSharedMemory) - kExtraBytes,
-                "no room for a bias and its table");
+  // dS' of two tiles, or P' and dS' of one
+  static constexpr int kSharedBytes = (2 * kKeys + 2 * kStages * kQueries) * kTileBytes + 2 * kKeys * kScoreBytes;
+  static_assert(kSharedBytes <= kLargeSharedMemory - kExtraBytes, "no room for a bias and its table");
   static_assert(kQueries % kStep == 0 && kQueryRows * kQueryCols == kWarps && kQueryDim % 16 == 0,
                 "all warps have a share of dQ");
   static_assert(kExchange ? kStep * kSplit == kQueries : kStages == 2, "see bwd.cuh");
@@ -127,10 +123,6 @@ struct BwdConfig<T, 256, true>
     : BwdShapes<BwdShape<T, 256, 1, 4, 2, 32, 16, 2, 2, 1>, BwdShape<T, 256, 1, 2, 4, 64, 16, 2, 1, 1>> {};
 template <class T>
 struct BwdConfig<T, 256, false> : BwdShapes<BwdShape<T, 256, 1, 2, 2, 32, 16, 2, 1, 1>> {};
-
-// Without a bias where a block gets kHugeSharedMemory: one barrier a tile less.
-template <class T>
-struct BwdHuge128 : BwdShape<T, 128, 2, 4, 2, 64, 32, 2, 3, 1> {};
 
 template <int kDim>
 struct BwdConfig32;  // fp32, at any size of shared memory
