@@ -32,6 +32,8 @@ template <class T, int kDim>
 Status attention_fwd_biased(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream);
 template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
+template <class T, int kDim>
+Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
 }  // namespace sm90
 #endif
 
@@ -74,9 +76,8 @@ Status dispatch(const AttentionProblem& a, F&& f) {
   });
 }
 
-bool has_bias(const AttentionProblem& a) {
-  return a.dense.data || a.relative.position_weight || a.relative.time_weight;
-}
+bool has_relative_bias(const AttentionProblem& a) { return a.relative.position_weight || a.relative.time_weight; }
+bool has_bias(const AttentionProblem& a) { return a.dense.data || has_relative_bias(a); }
 
 bool empty(const AttentionProblem& a) { return a.heads == 0 || a.jagged.batch == 0; }
 
@@ -157,7 +158,10 @@ std::string sm90_refusal(const AttentionProblem& a, int& processors) {
 std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
   std::string refusal = sm90_refusal(a, processors);
-  if (refusal.empty() && has_bias(a)) refusal = "it takes no bias";
+  constexpr int kMostBoundaries = 255, kMostDims = 128;
+  if (refusal.empty() && has_bias(a) &&
+      (params.deterministic || a.dense.data || a.relative.num_boundaries > kMostBoundaries || head_dim(a) > kMostDims))
+    refusal = "of a bias, it takes relative ones of up to 256 buckets, with up to 128 dimensions, in no fixed order";
   if (refusal.empty() && !sm90::has_tensor_map(params.grad_out, a.dim_v, a.jagged.total_q))
     refusal = "it takes a gradient of the output whose rows start on 16 bytes";
   return refusal;
@@ -231,7 +235,10 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* st
 #ifdef HSTU_WITH_SM90
   if (backend != Backend::kSm80 && refusal.empty())
     return dispatch_sm90(params.problem, [&](auto element, auto dim) {
-      return sm90::attention_bwd<decltype(element), decltype(dim)::value>(params, workspace, processors, on);
+      using T = decltype(element);
+      if constexpr (dim <= 128)
+        if (has_bias(params.problem)) return sm90::attention_bwd_relative<T, dim>(params, workspace, processors, on);
+      return sm90::attention_bwd<T, dim>(params, workspace, processors, on);
     });
 #endif
   return explained(dispatch(params.problem, [&](auto element, auto dim) {

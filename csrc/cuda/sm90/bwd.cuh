@@ -24,6 +24,7 @@
 #include "cuda/sm90/bwd_wide.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
+#include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -33,8 +34,8 @@ template <class C, class T>
 struct BwdComputer : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
-      Base::factor, Base::group, Base::keep_bits, Base::multiply_scores, Base::release, Base::score, Base::shared,
-      Base::store, Base::sync, Base::thread, Base::warp_key;
+      Base::bias, Base::factor, Base::group, Base::keep_bits, Base::multiply_scores, Base::release, Base::score,
+      Base::shared, Base::store, Base::sync, Base::thread, Base::warp_key;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -87,6 +88,12 @@ struct BwdComputer : BwdGroup<C, T> {
     }
   }
 
+  // This warp's share of dS' in shared memory, before it is written.
+  __device__ __forceinline__ uint32_t slots() const {
+    barrier().score.empty[tiles.stage<C::kScoreStages>()].wait(tiles.round<C::kScoreStages>() ^ 1);
+    return shared.score_panel(tiles.stage<C::kScoreStages>(), 0).base + warp_key() * 128;
+  }
+
   // dS' to shared memory, for all warpgroups.
   __device__ __forceinline__ void put_scores(const Operand& ds) {
     barrier().score.empty[tiles.stage<C::kScoreStages>()].wait(tiles.round<C::kScoreStages>() ^ 1);
@@ -105,7 +112,8 @@ struct BwdComputer : BwdGroup<C, T> {
     Operand p, ds;
     QuerySums dq;
     Bits bits;
-    if (!tile.covered(group)) bits = keep_bits(job, tile);
+    if (!tile.covered(group)) bits = keep_bits(job, tile), bias(job).put_bits(bits);
+    bias(job).prepare(tile.tile(), shared.state.jobs[items.stage<kBwdJobs>()].rising);
     {
       Scores s, d;
       ptx::wgmma_fence();
@@ -113,10 +121,11 @@ struct BwdComputer : BwdGroup<C, T> {
                       shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
       multiply_scores(d, shared.value_panel(items.stage<C::kValueStages>(), 0).base,
                       shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
+      bias(job).fetch(tile.tile());
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(s);
       ptx::wgmma_settle(d);
-      score(job, tile, bits, s, d, p, ds);
+      score(job, tile, bits, s, d, p, ds, [this] { return slots(); });
     }
     if (kDue) multiply_keys(dq, tiles);
     ptx::wgmma_settle(p), ptx::wgmma_settle(dv), ptx::wgmma_settle(ds), ptx::wgmma_settle(dk);
@@ -177,7 +186,8 @@ struct BwdComputer : BwdGroup<C, T> {
     finish_query_sums(job, tiles);
   }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
+    BwdBias<C, T>::make_cells(arguments, shared);
     for (;; items.next()) {
       barrier().job.full[items.stage<kBwdJobs>()].wait(items.round<kBwdJobs>());
       const BwdJob& found = shared.state.jobs[items.stage<kBwdJobs>()];
@@ -188,7 +198,9 @@ struct BwdComputer : BwdGroup<C, T> {
       for (int i = 0; i < C::kDim / 2; ++i) dk[i] = dv[i] = 0.f;
       await_keys(job, items);
       if (found.any_tile) {
+        bias(job).begin();
         compute(job, dk, dv);
+        bias(job).finish();
       } else {
         sync();  // as in skip_tile
         release(barrier().value.empty[items.stage<C::kValueStages>()]);
@@ -251,6 +263,7 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                           cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   static_assert(Score<T>::kArgument == Score<T>::kSlope, "one factor for both");
+  const BwdWorkspace tables = BwdWorkspace::plan(params, C::kDim, C::kQueries, nullptr);
   BwdArguments arguments{{},
                          {},
                          {},
@@ -259,6 +272,8 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          key_schedule(a),
                          Tickets(scratch.key_tickets),
                          scratch.sums,
+                         tables.position,
+                         tables.time,
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
                          static_cast<float>(a.scale.value)};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
@@ -273,21 +288,35 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                        C::kSharedBytes, stream);
 }
 
+template <class C, class T>
+Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
+                          cudaStream_t stream) {
+  const AttentionProblem& a = params.problem;
+  HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
+  if (Status s = attention_bwd_keys<C, T>(params, scratch, processors, stream); !s.ok()) return s;
+  return convert_sums<T>({params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels}, processors,
+                         stream);
+}
+
 template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
-  const AttentionProblem& a = params.problem;
   const BwdScratch scratch(params, kDim, memory);
   if constexpr (bwd_sums_queries(kDim, false)) {
-    if (bwd_sums_queries(kDim, params.deterministic)) {
-      using C = BwdConfig<kDim, true>;
-      HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
-      if (Status s = attention_bwd_keys<C, T>(params, scratch, processors, stream); !s.ok()) return s;
-      return convert_sums<T>({params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels}, processors,
-                             stream);
-    }
+    if (bwd_sums_queries(kDim, params.deterministic))
+      return attention_bwd_sums<BwdConfig<kDim, true>, T>(params, scratch, processors, stream);
   }
   if (Status s = attention_bwd_keys<BwdConfig<kDim, false>, T>(params, scratch, processors, stream); !s.ok()) return s;
   return attention_bwd_queries<T, kDim>(params, scratch.query_tickets, processors, stream);
+}
+
+// With a relative bias, not deterministic.
+template <class T, int kDim>
+Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
+  const BwdWorkspace tables = BwdWorkspace::plan(params, kDim, 64, nullptr);
+  for (const TableSums* t : {&tables.position, &tables.time})
+    if (t->sums) HSTU_TRY(cudaMemsetAsync(t->sums, 0, t->entries * sizeof(float), stream));
+  const BwdScratch scratch(params, kDim, memory);
+  return attention_bwd_sums<BwdBiasConfig<kDim, RelativeBias>, T>(params, scratch, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -1,6 +1,7 @@
 // Tile sizes of the Hopper backward by compiled head dimension, and the limits they must keep.
 #pragma once
 
+#include "cuda/sm90/bwd_bias_plan.h"
 #include "cuda/sm90/config.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -14,8 +15,9 @@ namespace hstu_ops::cuda::sm90 {
 // Where kQuerySums, they find dQ, too, which is added up in global memory: each has 64 of the queries or, of 64
 // queries, half of the columns. One more warpgroup feeds them.
 template <int kDim_, bool kQuerySums_, int kQueries_, int kKeyStages_, int kValueStages_, int kQueryStages_,
-          int kGradStages_>
+          int kGradStages_, class Bias_ = NoBias>
 struct BwdShape {
+  using Bias = Bias_;
   static constexpr int kDim = kDim_, kQueries = kQueries_;
   static constexpr bool kQuerySums = kQuerySums_, kSplitKeys = kDim <= 128;
   static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1), kKeys = kSplitKeys ? 128 : 64;
@@ -27,9 +29,10 @@ struct BwdShape {
   static constexpr int kSlopeStages = kSplitKeys ? 0 : 2, kSlopeBytes = kKeys * kQueries * 2;
   static constexpr bool kSplitQueries = kQueries == 128;
   static constexpr int kSumBytes = kQuerySums ? 64 * kPanel * 4 : 0;  // of dQ on its way out, a warpgroup
+  static constexpr int kBiasBytes = std::is_same_v<Bias, RelativeBias> ? BwdBiasPlan<kQueries>::kBytes : 0;
   static constexpr int kSharedBytes = (kKeyStages + kValueStages) * kKeyBytes +
                                       (kQueryStages + kGradStages) * kQueryBytes + kScoreStages * kScoreBytes +
-                                      kSlopeStages * kSlopeBytes + kGroups * kSumBytes + 1024;
+                                      kSlopeStages * kSlopeBytes + kGroups * kSumBytes + kBiasBytes + 1024;
   static constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
   static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(kQueries == 64 || kQueries == 128, "one or two panels of dS");
@@ -42,6 +45,13 @@ template <bool kQuerySums>
 struct BwdConfig<64, kQuerySums> : BwdShape<64, kQuerySums, 128, 2, 2, 2, 2> {};
 template <bool kQuerySums>
 struct BwdConfig<128, kQuerySums> : BwdShape<128, kQuerySums, 64, 2, 1, 2, 2> {};
+// With a bias, whose scratch takes the place of keys loaded ahead.
+template <int kDim, class Bias>
+struct BwdBiasConfig;
+template <class Bias>
+struct BwdBiasConfig<64, Bias> : BwdShape<64, true, 128, 1, 1, 2, 2, Bias> {};
+template <class Bias>
+struct BwdBiasConfig<128, Bias> : BwdShape<128, true, 64, 1, 1, 2, 2, Bias> {};
 template <>
 struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
 

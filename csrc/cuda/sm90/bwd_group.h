@@ -4,6 +4,7 @@
 
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/bwd_bias.h"
 #include "cuda/sm90/bwd_load.h"
 #include "cuda/sm90/bwd_store.h"
 #include "cuda/tile/fragment.h"
@@ -27,6 +28,7 @@ struct BwdGroup {
   const BwdStorage<C, T>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
 
+  __device__ BwdBias<C, T> bias(const Job& job) const { return {arguments, shared, job}; }
   __device__ BwdBarriers<C>& barrier() const { return shared.state.barrier; }
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ int warp_key() const { return (C::kSplitKeys ? group * 64 : 0) + thread() / 32 * 16; }
@@ -118,19 +120,24 @@ struct BwdGroup {
     return b;
   }
 
-  // P' and dS' of the tile, out of S' and dP', as operands.
-  __device__ __forceinline__ void score(const Job& job, BwdTile tile, const Bits& bits, Scores& s, Scores& d,
-                                        Operand& p, Operand& ds) const {
+  // P' and dS' of the tile, out of S' and dP', as operands. slots(): see BwdBias::sum.
+  template <class Slots>
+  __device__ __forceinline__ void score(const Job& job, BwdTile tile, Bits& bits, Scores& s, Scores& d, Operand& p,
+                                        Operand& ds, Slots&& slots) const {
     const bool per_row = arguments.params.problem.scale.per_row;
 #pragma unroll
     for (int i = 0; i < C::kQueries / 64; ++i) {
       Part &u = reinterpret_cast<Part&>(s[i * 32]), &g = reinterpret_cast<Part&>(d[i * 32]);
-      u.each([this](float& x, int, int) { x *= arguments.alpha; });
+      bias(job).add(u, i, arguments.alpha);
       Score<T>::differentiate(u, g);
-      if (!tile.covered(group)) mask_columns(part_of(bits, i), u, g);
+      if (!tile.covered(group)) {
+        bias(job).get_bits(bits);
+        mask_columns(part_of(bits, i), u, g);
+      }
       if (per_row) apply_row_scale(job, tile.tile() * C::kQueries + i * 64, u, g);
       round(u, p, i * 4);
       round(g, ds, i * 4);
+      bias(job).sum({reinterpret_cast<const uint32_t(&)[4][4]>(ds[i * 4])}, i, slots);
     }
   }
 

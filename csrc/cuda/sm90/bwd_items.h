@@ -34,6 +34,7 @@ struct BwdJob {
   Job job;
   bool more;                // false: the block is done
   bool any_tile;            // false: nothing keeps the item's keys
+  bool rising;              // the times of its queries do not fall
   BwdTile first_tiles[32];  // the item's first tiles, visited or not
 };
 

@@ -14,12 +14,19 @@ struct BwdArguments {
   CUtensorMap q, k, v, grad_out;
   AttentionBwdParams params;
   Schedule schedule;
-  Tickets tickets;     // of items: whoever is done first takes the next, since items differ in length
-  float* sums;         // of dQ: see bwd_sums.h
+  Tickets tickets;  // of items: whoever is done first takes the next, since items differ in length
+  float* sums;      // of dQ: see bwd_sums.h
+  TableSums position, time;
   float alpha, scale;  // alpha: as much of it as scores take, and as dQ and dK take
 };
 
 // ---- the finding warp ----
+
+__device__ inline void check_times(const AttentionProblem& problem, BwdJob& job) {
+  const TimeTerm time(problem.relative, job.job.sequence, job.job.item.head, nullptr);
+  const bool rising = !time.weight || __all_sync(~0u, time.rising<true>(lane_id(), 32));
+  if (lane_id() == 0) job.rising = rising;
+}
 
 template <class C, class T>
 __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
@@ -43,6 +50,7 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
       BwdTile any;
       const bool any_tile = BwdWalk<C>(job).next(any);
       if (lane_id() == 0) job.any_tile = any_tile;
+      if constexpr (std::is_same_v<typename C::Bias, RelativeBias>) check_times(problem, job);
     }
     __syncwarp();
     if (lane_id() == 0) gate.full[found.stage<kBwdJobs>()].arrive();

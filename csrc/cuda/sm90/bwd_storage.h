@@ -67,7 +67,7 @@ struct BwdStorage {
                        kGrads = kQueries + C::kQueryStages * C::kQueryBytes,
                        kScores = kGrads + C::kGradStages * C::kQueryBytes,
                        kSlopes = kScores + C::kScoreStages * C::kScoreBytes,
-                       kSums = kSlopes + C::kSlopeStages * C::kSlopeBytes;
+                       kSums = kSlopes + C::kSlopeStages * C::kSlopeBytes, kBias = kSums + C::kGroups * C::kSumBytes;
 
   __device__ BwdStorage(BwdState<C>& state, const unsigned char* memory) : state(state) {
     base = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
@@ -89,6 +89,7 @@ struct BwdStorage {
     return {base + kScores + stage * C::kScoreBytes + panel * C::kKeys * 128};
   }
   __device__ uint32_t slopes(int stage) const { return base + kSlopes + stage * C::kSlopeBytes; }
+  __device__ uint32_t bias() const { return base + kBias; }
   __device__ uint32_t sums(int group) const { return base + kSums + group * C::kSumBytes; }
 };
 
