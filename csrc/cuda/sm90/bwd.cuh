@@ -186,7 +186,7 @@ struct BwdComputer : BwdGroup<C, T> {
     finish_query_sums(job, tiles);
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run_inline() {
     BwdBias<C, T>::make_cells(arguments, shared);
     for (;; items.next()) {
       barrier().job.full[items.stage<kBwdJobs>()].wait(items.round<kBwdJobs>());
@@ -219,6 +219,8 @@ struct BwdComputer : BwdGroup<C, T> {
     if (thread() == 0) shared.state.sums[group].bytes = -1;
     arrive_warp(gate.full[0]);
   }
+  // Where the compiler decides, it needs fewer registers without a bias, and local memory with one.
+  __device__ void run() { run_inline(); }
 };
 
 // ---- kernel and launch ----
@@ -248,7 +250,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
     if constexpr (C::kSplitKeys) {
-      BwdComputer<C, T>{{arguments, shared}}.run();
+      BwdComputer<C, T> computer{{arguments, shared}};
+      if constexpr (std::is_same_v<typename C::Bias, NoBias>) {
+        computer.run();
+      } else {
+        computer.run_inline();
+      }
     } else if (group == 1) {
       BwdHalf<C, T, true>{{arguments, shared}}.run();
     } else {

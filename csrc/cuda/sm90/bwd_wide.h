@@ -64,7 +64,7 @@ struct BwdHalf : BwdGroup<C, T> {
     }
   }
   // The second, out of the first.
-  __device__ __forceinline__ void continue_tile(const Job& job, BwdTile tile, const Bits& bits, Scores& s, Sums& sums) {
+  __device__ __forceinline__ void continue_tile(const Job& job, BwdTile tile, Bits& bits, Scores& s, Sums& sums) {
     Operand x;
     if (kHasValues) {
       Scores d;
