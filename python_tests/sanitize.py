@@ -95,7 +95,7 @@ def main() -> int:
             failed += not good
             print(f"{tool} {backend or 'default'}: {errors} errors, {time.monotonic() - began:.0f} s", flush=True)
             if not good:
-                print(output[-4000:])
+                print(output[:4000])
     return 1 if failed else 0
 
 

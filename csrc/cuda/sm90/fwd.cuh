@@ -122,6 +122,12 @@ struct FwdLoader {
   }
 };
 
+// A barrier of warps whose lanes may have taken different ways to it.
+__device__ __forceinline__ void meet(int id, int threads) {
+  __syncwarp();
+  ptx::named_barrier_sync(id, threads);
+}
+
 // ---- a computing warpgroup ----
 
 __device__ __forceinline__ uint32_t scaled(uint32_t pair, float factor) {
@@ -351,8 +357,7 @@ struct FwdComputer {
       if constexpr (C::kPreparers > 0) {
         constexpr int kThreads = 128 * C::kGroups;
         shared.bias_tables().turn(arguments.params.problem.relative, item.job.item.head, Score<T>::kArgument,
-                                  threadIdx.x - 128, kThreads,
-                                  [] { ptx::named_barrier_sync(1 + C::kGroups, kThreads); });
+                                  threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
       }
       Output out;
 #pragma unroll
@@ -373,7 +378,7 @@ template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
   shared.bias_tables().make(arguments.params.problem.relative, Score<T>::kArgument, C::kBiasStages * C::kBiasStageBytes,
-                            threadIdx.x - 64, kThreads, [] { ptx::named_barrier_sync(2 + C::kGroups, kThreads); });
+                            threadIdx.x - 64, kThreads, [] { meet(2 + C::kGroups, kThreads); });
 }
 
 template <class C, class T, bool kFolded>
