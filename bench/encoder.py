@@ -111,7 +111,7 @@ def choose(args: argparse.Namespace, device: str) -> list[Case]:
 
 
 def build(case: Case, args: argparse.Namespace, bench: common.Bench):
-    """The encoder, on the device and in the type of the common."""
+    """The encoder, on the device and in the type of the bench."""
     where = {"device": bench.device, "dtype": bench.dtype}
     shape = (args.layers, args.width, args.heads)
     if case.model.startswith("Transformer"):

@@ -1,5 +1,5 @@
-// Shared-memory access by 32-bit address, reductions in global memory, acquiring loads and
-// a releasing store.
+// Shared-memory access by 32-bit address, reductions in global memory, acquiring loads and a releasing
+// store.
 #pragma once
 
 #include <cstdint>
@@ -35,10 +35,6 @@ __device__ __forceinline__ void st_shared(uint32_t address, uint4 x) {
 
 __device__ __forceinline__ void st_shared(uint32_t address, int2 x) {
   asm volatile("st.shared.v2.s32 [%0], {%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
-}
-
-__device__ __forceinline__ void st_shared(uint32_t address, int64_t x) {
-  asm volatile("st.shared.s64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
 }
 
 __device__ __forceinline__ void st_shared(uint32_t address, float4 x) {
@@ -85,12 +81,6 @@ __device__ __forceinline__ int ld_shared_int(uint32_t address) {
 __device__ __forceinline__ int2 ld_shared_int_v2(uint32_t address) {
   int2 x;
   asm volatile("ld.shared.v2.s32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ int64_t ld_shared_int64(uint32_t address) {
-  int64_t x;
-  asm volatile("ld.shared.s64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
   return x;
 }
 
