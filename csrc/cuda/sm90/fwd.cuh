@@ -373,7 +373,8 @@ struct FwdComputer {
 
 // ---- kernel and launch ----
 
-// By the preparing and the computing warps, while the first items are found.
+// By the preparing and the computing warps, while the first items are found: called before their roles part, for
+// compute-sanitizer takes copies of one barrier for different ones.
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
@@ -392,6 +393,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
     if (blockIdx.x == 0) arguments.tickets.open();
   }
   __syncthreads();
+  if constexpr (C::kPreparers > 0)
+    if (threadIdx.x >= 64) make_bias_tables(arguments, shared);
   if (threadIdx.x < 128) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
     const int warp = threadIdx.x / 32;
@@ -400,7 +403,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
     } else if (warp == 1) {
       find_items(arguments, shared);
     } else if constexpr (C::kPreparers > 0) {
-      make_bias_tables(arguments, shared);
       BiasPreparer<C, T> preparer(arguments, shared);
       if (warp == 2) {
         preparer.take_notes();
@@ -410,7 +412,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
-    if constexpr (C::kPreparers > 0) make_bias_tables(arguments, shared);
     FwdComputer<C, T, kFolded>{arguments, shared}.run();
   }
 }
