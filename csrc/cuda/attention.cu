@@ -13,6 +13,7 @@
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/schedule.h"
+#include "cuda/tile/tf32.h"
 #include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda {
@@ -53,8 +54,11 @@ Status dispatch(const char* what, int value, std::integer_sequence<int, kValues.
 // One compiled dimension serves both.
 int head_dim(const AttentionProblem& a) { return a.dim_qk > a.dim_v ? a.dim_qk : a.dim_v; }
 
+// Compiled dimensions of TF32; beyond them fp32 stays fp32.
+constexpr int kFewestTf32Dims = 64, kMostTf32Dims = 128;
+
 int padded_dim(const AttentionProblem& a) {
-  int padded = 32;
+  int padded = a.allow_tf32 ? kFewestTf32Dims : 32;
   while (padded < head_dim(a)) padded *= 2;
   return padded;
 }
@@ -69,6 +73,8 @@ Status dispatch(const AttentionProblem& a, F&& f) {
       case DType::kBFloat16:
         return f(__nv_bfloat16{}, d);
       case DType::kFloat32:
+        if constexpr (d <= kMostTf32Dims)
+          if (a.allow_tf32) return f(Tf32{}, std::integral_constant < int, d<kFewestTf32Dims ? kFewestTf32Dims : d>{});
         return f(float{}, d);
       default:
         return {"float64 is not supported on CUDA: convert to float32, or run on the CPU"};

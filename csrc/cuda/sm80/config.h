@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/tile/layout.h"
+#include "cuda/tile/tf32.h"
 
 namespace hstu_ops::cuda::sm80 {
 
@@ -38,6 +39,10 @@ template <class T>
 struct FwdConfig<T, 128> : FwdShape<T, 128, 2, 4, 64, 32, 2> {};
 template <class T>
 struct FwdConfig<T, 256> : FwdShape<T, 256, 1, 4, 32, 32, 2> {};
+template <>
+struct FwdConfig<Tf32, 64> : FwdShape<Tf32, 64, 2, 4, 32, 32, 2> {};
+template <>
+struct FwdConfig<Tf32, 128> : FwdShape<Tf32, 128, 1, 4, 32, 32, 2> {};
 template <>
 struct FwdConfig<float, 32> : FwdShape<float, 32, 1, 4, 32, 32, 3> {};
 template <>
@@ -124,19 +129,19 @@ struct BwdConfig<T, 256, true>
 template <class T>
 struct BwdConfig<T, 256, false> : BwdShapes<BwdShape<T, 256, 1, 2, 2, 32, 16, 2, 1, 1>> {};
 
-template <int kDim>
-struct BwdConfig32;  // fp32, at any size of shared memory
-template <>
-struct BwdConfig32<32> : BwdShapes<BwdShape<float, 32, 1, 4, 1, 32, 32, 1, 2, 2>> {};
-template <>
-struct BwdConfig32<64> : BwdShapes<BwdShape<float, 64, 1, 4, 1, 32, 32, 1, 2, 2>> {};
-template <>
-struct BwdConfig32<128> : BwdShapes<BwdShape<float, 128, 1, 2, 2, 32, 16, 1, 1, 2>> {};
-template <>
-struct BwdConfig32<256> : BwdShapes<BwdShape<float, 256, 1, 1, 2, 16, 8, 1, 1, 2>> {};
+template <class T, int kDim>
+struct BwdConfig32;  // fp32 and TF32, at any size of shared memory
+template <class T>
+struct BwdConfig32<T, 32> : BwdShapes<BwdShape<T, 32, 1, 4, 1, 32, 32, 1, 2, 2>> {};
+template <class T>
+struct BwdConfig32<T, 64> : BwdShapes<BwdShape<T, 64, 1, 4, 1, 32, 32, 1, 2, 2>> {};
+template <class T>
+struct BwdConfig32<T, 128> : BwdShapes<BwdShape<T, 128, 1, 2, 2, 32, 16, 1, 1, 2>> {};
+template <class T>
+struct BwdConfig32<T, 256> : BwdShapes<BwdShape<T, 256, 1, 1, 2, 16, 8, 1, 1, 2>> {};
 
 template <class T, int kDim, bool kLarge>
-using BwdConfigOf = typename std::conditional_t<std::is_same_v<T, float>, std::enable_if<true, BwdConfig32<kDim>>,
-                                                std::enable_if<true, BwdConfig<T, kDim, kLarge>>>::type;
+using BwdConfigOf = typename std::conditional_t<kIs16Bit<T>, std::enable_if<true, BwdConfig<T, kDim, kLarge>>,
+                                                std::enable_if<true, BwdConfig32<T, kDim>>>::type;
 
 }  // namespace hstu_ops::cuda::sm80

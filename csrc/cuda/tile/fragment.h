@@ -2,7 +2,9 @@
 #pragma once
 
 #include "cuda/ptx/memory.h"
+#include "cuda/ptx/mma.h"
 #include "cuda/tile/layout.h"
+#include "cuda/tile/tf32.h"
 
 namespace hstu_ops::cuda {
 
@@ -19,6 +21,21 @@ struct Fragment {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           x[m][k][e] = pack(a.x[m][2 * k + e / 2][e % 2 * 2], a.x[m][2 * k + e / 2][e % 2 * 2 + 1], T{});
+  }
+};
+
+template <int kM, int kN>
+struct Fragment<Tf32, kM, kN> {
+  uint32_t x[kM][kN][4];
+
+  // Even columns first: see product_tf32.h.
+  __device__ __forceinline__ explicit Fragment(const Accumulator<kM, kN>& a) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[m][n][e] = ptx::round_to_tf32(a.x[m][n][e % 2 * 2 + e / 2]);
   }
 };
 

@@ -1,5 +1,5 @@
-// Matrix products of one warp on tiles in shared memory: tensor cores for 16-bit types, FFMA for fp32. The layouts of
-// the operands are known here and nowhere else. K is the summed dimension.
+// Matrix products of one warp on tiles in shared memory: tensor cores for 16-bit types and TF32, FFMA for fp32. The
+// layouts of the operands are known here and in product_tf32.h alone. K is the summed dimension.
 #pragma once
 
 #include "cuda/ptx/ldmatrix.h"
@@ -7,14 +7,22 @@
 #include "cuda/ptx/mma.h"
 #include "cuda/tile/fragment.h"
 #include "cuda/tile/layout.h"
+#include "cuda/tile/product_tf32.h"
 
 namespace hstu_ops::cuda {
 
-// One step of 16 along K with the right operand's 16 columns in fb.
+// One step of 16, of TF32 8, along K with the right operand's 16 columns in fb.
 template <class T, bool kFirst, int kM, int kN>
 __device__ __forceinline__ void mma_step(Accumulator<kM, kN>& acc, int m, int n, const uint32_t (&fa)[4],
                                          const uint32_t (&fb)[4]) {
-  if constexpr (kFirst) {
+  if constexpr (std::is_same_v<T, Tf32>) {
+    if (kFirst) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc.x[m][n][e] = acc.x[m][n + 1][e] = 0.f;
+    }
+    ptx::mma_m16n8k8_tf32(acc.x[m][n], fa, fb[0], fb[1]);
+    ptx::mma_m16n8k8_tf32(acc.x[m][n + 1], fa, fb[2], fb[3]);
+  } else if constexpr (kFirst) {
     ptx::mma_m16n8k16_first(acc.x[m][n], fa, fb[0], fb[1], T{});
     ptx::mma_m16n8k16_first(acc.x[m][n + 1], fa, fb[2], fb[3], T{});
   } else {
@@ -66,21 +74,25 @@ __device__ __forceinline__ void multiply_rows_fp32(Accumulator<kM, kN>& acc, con
 template <class T, int kK, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
                                               int row_b) {
-  if constexpr (kIs16Bit<T>) {
+  if constexpr (!std::is_same_v<T, float>) {
     const int lane = lane_id();
     const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
     const Cursor<TileB> cb(b, row_b + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    constexpr int kSteps = kK / 16, kUnrolled = kSteps > 8 ? 4 : kSteps;  // more are too many addresses
+    constexpr int kSteps = kK * static_cast<int>(sizeof(T)) / 32, kUnrolled = kSteps > 8 ? 4 : kSteps;  // more are too many addresses
     if (kUnrolled < kSteps) acc.clear();
 #pragma unroll kUnrolled
     for (int k = 0; k < kSteps; ++k) {
       uint32_t fa[kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(fa[m], ca.at(m * 16, k * 2));
+      for (int m = 0; m < kM; ++m) {
+        ptx::ldmatrix_x4(fa[m], ca.at(m * 16, k * 2));
+        round_operand<T>(fa[m]);
+      }
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         uint32_t fb[4];
         ptx::ldmatrix_x4(fb, cb.at(n * 8, k * 2));
+        round_operand<T>(fb);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           if (kUnrolled == kSteps && k == 0) {
@@ -113,6 +125,8 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
         for (int m = 0; m < kM; ++m) mma_step<T, false>(acc, m, n, a.x[m][k], fb);
       }
     }
+  } else if constexpr (std::is_same_v<T, Tf32>) {
+    multiply_fragment_tf32(acc, a, b, row_b, col_b);
   } else {
 #pragma unroll
     for (int k8 = 0; k8 < kK; ++k8) {
@@ -148,6 +162,8 @@ __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const T
         for (int m = 0; m < kM; ++m) mma_step<T, false>(acc, m, n, fa[m], fb);
       }
     }
+  } else if constexpr (std::is_same_v<T, Tf32>) {
+    multiply_tiles_tf32<kK>(acc, a, row_a, b, col_b);
   } else {
 #pragma unroll 1
     for (int k8 = 0; k8 < kK / 8; ++k8) {
@@ -193,6 +209,8 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kM, kN>& acc, const
         }
       }
     }
+  } else if constexpr (std::is_same_v<T, Tf32>) {
+    multiply_columns_tf32<kK>(acc, a, col_a, b, col_b);
   } else {
     acc.clear();
 #pragma unroll 1

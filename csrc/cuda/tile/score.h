@@ -1,10 +1,12 @@
 // From u, a product's share of the argument of SiLU, to p = silu and to twice or once its derivative. 16-bit types take
-// u = x / 2 and p = u + u tanh(u) with the hardware's tanh, fp32 takes u = x and an exact sigmoid.
+// u = x / 2 and p = u + u tanh(u) with the hardware's tanh, fp32 takes u = x and an exact sigmoid, TF32 one to a few
+// units of float32.
 #pragma once
 
 #include "core/silu.h"
 #include "cuda/ptx/math.h"
 #include "cuda/tile/layout.h"
+#include "cuda/tile/tf32.h"
 
 namespace hstu_ops::cuda {
 
@@ -33,7 +35,7 @@ struct Score {
             s.x[m][n][e] = p;
             d.x[m][n][e] = fmaf(d.x[m][n][e], g, d.x[m][n][e]);
           } else {
-            const float sigmoid = 1.f / (1.f + expf(-u));
+            const float sigmoid = sigmoid_of(u);
             s.x[m][n][e] = silu(u, sigmoid);
             d.x[m][n][e] *= silu_grad(u, sigmoid);
           }
@@ -44,9 +46,17 @@ struct Score {
   __device__ static __forceinline__ float value(float u) {
     if constexpr (kIs16Bit<T>) {
       return fmaf(u, ptx::tanh_approx(u), u);
+    } else if constexpr (std::is_same_v<T, Tf32>) {
+      return silu(u, sigmoid_of(u));
     } else {
-      return silu(u, 1.f / (1.f + expf(-u)));
+      return u / (1.f + expf(-u));  // one rounding less than a product with the sigmoid
     }
+  }
+  __device__ static __forceinline__ float sigmoid_of(float u) {
+    if constexpr (std::is_same_v<T, Tf32>)
+      return ptx::rcp_approx(1.f + ptx::ex2_approx(-1.4426950408889634f * u));
+    else
+      return 1.f / (1.f + expf(-u));
   }
 };
 
