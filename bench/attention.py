@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dtype", type=names, help="of fp32, fp16, bf16, fp64 (default fp32,bf16 on CPU, bf16 on CUDA)")
     p.add_argument("--direction", type=names, help="of fwd, bwd, fwd+bwd")
     p.add_argument(
-        "--backend", type=names, help="on CUDA of default, sm80, sm90; on CPU one instruction set: avx512, avx2"
+        "--backend", type=names, help="on CUDA of default, sm80, sm90, tf32; on CPU one instruction set: avx512, avx2"
     )
     p.add_argument(
         "--providers", type=names, help="of fa2, padded, meta, nvidia (default: all that fit; on CPU padded)"

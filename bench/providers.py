@@ -22,7 +22,7 @@ from hstu_ops import reference
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 PADDED_UP_TO = 4 * 2**30  # bytes that it may take on CUDA
-OWN_NAMES = ("hstu_ops", "sm80", "sm90")  # of Own providers
+OWN_NAMES = ("hstu_ops", "sm80", "sm90", "tf32")  # of Own providers
 Bound = tuple[Callable[[], Tensor], list[Tensor]]
 
 
@@ -71,6 +71,26 @@ class Own(Provider):
                 os.environ.pop("HSTU_OPS_BACKEND", None)
             else:
                 os.environ["HSTU_OPS_BACKEND"] = before
+
+
+class OwnTf32(Own):
+    """hstu_ops on float32 where torch allows TF32; the roofline stays that of full float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.note = "tf32", f"{self.note}, torch.backends.cuda.matmul.fp32_precision = tf32"
+
+    def refuses(self, case: Case, dtype: torch.dtype, device: str, direction: str) -> str | None:
+        return None if dtype == torch.float32 else "float32 only"
+
+    @contextmanager
+    def active(self):
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 class Padded(Provider):
@@ -275,7 +295,7 @@ def find(device: str, wanted: list[str] | None, backends: list[str] | None) -> t
         choices = [None]
     else:
         choices = own_backends() if backends is None else [None if x == "default" else x for x in backends]
-    found: list[Provider] = [Own(x) for x in choices]
+    found: list[Provider] = [OwnTf32() if x == "tf32" else Own(x) for x in choices]
     missing = []
     if device == "cuda":
         found.append(FlashAttention())

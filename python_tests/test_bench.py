@@ -233,6 +233,17 @@ def test_backend_is_forced_only_while_it_runs(monkeypatch):
     assert os.environ["HSTU_OPS_BACKEND"] == "sm90"
 
 
+def test_tf32_is_allowed_only_while_it_runs():
+    own, tf32 = providers.find("cuda", ["fa2"], ["default", "tf32"])[0][:2]
+    assert (own.name, tf32.name) == ("hstu_ops", "tf32") and set(providers.OWN_NAMES) >= {own.name, tf32.name}
+    before = torch.backends.cuda.matmul.fp32_precision
+    with tf32.active():
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert tf32.refuses(SMALL[0], torch.bfloat16, "cuda", "fwd")
+    assert not tf32.refuses(SMALL[0], torch.float32, "cuda", "fwd")
+
+
 def test_padded_computes_the_same_and_knows_its_memory(monkeypatch):
     case = next(x for x in SMALL if x.name == "position-time-per-head")
     inputs = problems.draw(case, torch.float64, "cpu")
