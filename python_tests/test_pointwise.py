@@ -479,6 +479,30 @@ def test_rows_beyond_32_bits(device):
     assert torch.equal(u[last], hstu_ops.silu_split(x.detach()[last], (512, 0, 0, 0))[0])
 
 
+@pytest.mark.parametrize("options", ({}, {"dropout": 0.2}, {"dropout": 0.2, "concat": True}), ids=str)
+def test_many_rows(options, device):
+    """Enough for blocks on CUDA to come in turns."""
+    if device == "cpu":
+        pytest.skip("minutes on a CPU")
+    rows, columns = 100_001, 256
+    tensors = {x: torch.randn(rows, columns, device=device, dtype=torch.bfloat16) for x in ("a", "u")}
+    call = Call("norm_gate", {**tensors, **affine("both", columns, torch.bfloat16, device)}, {**options, "seed": 3})
+    grad = torch.randn(rows, columns * (3 if "concat" in options else 1), device=device, dtype=torch.bfloat16)
+
+    def gradients(module, wide: bool = False) -> dict[str, Tensor]:
+        tensors = {x: (t.double() if wide else t).requires_grad_() for x, t in call.tensors.items()}
+        (out,) = call.run(module, tensors)
+        found = torch.autograd.grad(out, list(tensors.values()), grad.to(out))
+        return {"out": out.detach(), **dict(zip(tensors, found, strict=True))}
+
+    got, plain, true = gradients(hstu_ops), gradients(reference), gradients(reference, wide=True)
+    for name, x in true.items():
+        ours, torchs = (y[name].double() - x for y in (got, plain))
+        factor = 2 if name == "out" else 3
+        assert ours.norm() <= factor * torchs.norm(), name
+        assert ours.abs().max() <= factor * torchs.abs().max(), name
+
+
 def test_rows_far_apart(device):
     """Whose blocks step over more than 2^32 bytes; on CUDA only, where there is memory for it."""
     if device == "cpu":

@@ -18,9 +18,8 @@ struct Config {
   static constexpr int kTensors = kGate == Gate::kNone ? 2 : kGate == Gate::kAny ? 5 : 3;
   static constexpr int kStages = 2;
   static constexpr int kBlocks = kGate == Gate::kPlain && !kSums ? 3 : 2;  // of a processor
-  // Turns of blocks: where a row takes long, processors that are slower are left fewer rows.
-  static constexpr int kTurns = kGate == Gate::kAny || (kGate == Gate::kSilu && kSums) ? 2 : 1;
-  static_assert(kBlocks * kTurns <= kMostBlocks, "can_walk counts on it");
+  static constexpr int kTurns = kGate == Gate::kAny || (kGate != Gate::kNone && kSums) ? kManyTurns : 1;
+  static_assert(kBlocks <= kMostBlocks, "can_walk counts on it");
 };
 
 // What a row's mean and variance take from the gradient of its elements, and what is left of each.
@@ -40,9 +39,10 @@ struct Backward {
   const NormBwdParams& params;
   const NormProblem& p;
   const TeamLayout& layout;
-  const Place<T, kTeam> at;
-  const Dropper dropper;
   const Span span;
+  const Place<T, kTeam> at;
+  const unsigned count;  // of the team's rows
+  const Dropper dropper;
   const SharedAffine<T> affine;
   Stream<T> x, u, grad, grad_of_gate, grad_of_input, grad_x, grad_u;
   float sum_weight[kPieces][kElements], sum_bias[kPieces][kElements];
@@ -51,9 +51,10 @@ struct Backward {
       : params(params),
         p(params.problem),
         layout(layout),
-        at(p, layout, layout.slots),
+        span(p, layout),
+        at(p, layout, span.first),
+        count(span.count_from(at.row)),
         dropper(p.dropout, layout.scale),
-        span(at),
         affine(kSums ? SharedAffine<T>(at, ptx::shared_address(memory) + R::kBytes) : SharedAffine<T>()) {
     const int64_t step = span.step;
     x = Stream<T>(at, p.x, step);
@@ -74,7 +75,7 @@ struct Backward {
   __device__ bool with_silu() const { return kGate == Gate::kSilu || (kCopies && p.silu_u); }
 
   __device__ __forceinline__ void fetch(uint32_t stage, unsigned iteration) {
-    const bool exists = iteration < span.count;
+    const bool exists = iteration < count;
     R::fetch(stage, kX, at, exists, x);
     R::fetch(stage, kGrad, at, exists, grad);
     if constexpr (kGated) R::fetch(stage, kU, at, exists, u);
@@ -86,7 +87,7 @@ struct Backward {
   __device__ __forceinline__ void run(uint32_t stage, unsigned iteration, float* shared) {
     TeamSum<3> team_sum(shared, at.lanes());  // its two places are each used once a row
     const int64_t row = at.row + iteration * span.step;
-    const bool exists = iteration < span.count;
+    const bool exists = iteration < count;
     uint4 kept[kPieces];  // of the products: drawn here, where both pieces' chains of instructions overlap
     if constexpr (kCopies) {
 #pragma unroll
@@ -226,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, Config<kGate, kSums>::kBlocks)
   __shared__ float shared[TeamSum<3>::kFloats];
   B rows(params, layout, memory);
   B::R::walk(
-      memory, rows.span.iterations, [&](uint32_t stage, unsigned iteration) { rows.fetch(stage, iteration); },
+      memory, rows.span.count_from(rows.span.first),
+      [&](uint32_t stage, unsigned iteration) { rows.fetch(stage, iteration); },
       [&](uint32_t stage, unsigned iteration) { rows.run(stage, iteration, shared); });
   if constexpr (kSums) {
     if (!params.grad_weight) return;
@@ -262,7 +264,8 @@ int summing_blocks(const NormProblem& p) {
   int blocks = 0;
   with_gate(gate_of(p), [&](auto gate) -> Status {
     using C = Config<gate.value, true>;
-    blocks = row_blocks(p, team_layout(p), C::kBlocks * C::kTurns);
+    TeamLayout layout = team_layout(p);
+    blocks = staying_blocks(p, layout, C::kBlocks, C::kTurns);
     return {};
   });
   return blocks;
@@ -311,14 +314,14 @@ Status norm_bwd(const NormBwdParams& params, void* workspace, void* stream) {
   float* const sums = static_cast<float*>(workspace);
   if (!fits_teams(p) || !can_walk(p, params.grad_out) || !can_walk(p, params.grad_x) || !can_walk(p, params.grad_u))
     return norm_any_bwd(params, params.grad_weight ? sums : nullptr, queue);
-  const TeamLayout layout = team_layout(p);
+  TeamLayout layout = team_layout(p);
   const Status status = with_type(p.dtype, [&](auto element) {
     return with_gate(gate_of(p), [&](auto gate) {
       return with_flag(needs_sums(params), [&](auto summed) {
         return with_team(p, layout, [&](auto team) -> Status {
           using C = Config<gate.value, summed.value>;
           constexpr int kBytes = Backward<decltype(element), gate.value, summed.value, team.value>::R::kBytes;
-          const dim3 grid(static_cast<unsigned>(row_blocks(p, layout, C::kBlocks * C::kTurns)),
+          const dim3 grid(static_cast<unsigned>(staying_blocks(p, layout, C::kBlocks, C::kTurns)),
                           group_blocks(p, layout));
           const auto kernel = norm_bwd_kernel<decltype(element), gate.value, summed.value, team.value>;
           const int bytes =

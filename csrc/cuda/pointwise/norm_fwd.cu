@@ -22,6 +22,7 @@ struct Config {
 
 template <class T, Gate kGate, bool kAffine, Team kTeam>
 struct Forward {
+  static constexpr bool kStays = Config<kGate, kAffine>::kStays;
   static constexpr int kRows = Config<kGate, kAffine>::kRows, kElements = Piece<T>::kElements;
   static constexpr bool kGated = kGate != Gate::kNone, kCopies = kGate == Gate::kAny;
   using Floats = typename Piece<T>::Floats;
@@ -40,7 +41,7 @@ struct Forward {
       : params(params),
         p(params.problem),
         layout(layout),
-        at(p, layout, layout.slots * kRows),
+        at(p, layout, kStays ? Span(p, layout).first : int64_t{blockIdx.x} * layout.slots * kRows),
         dropper(p.dropout, layout.scale),
         section_bytes(kCopies && p.concat ? p.columns * int64_t{sizeof(T)} : 0),
         out(at, params.out, layout.slots),
@@ -72,16 +73,17 @@ struct Forward {
   __device__ __forceinline__ void walk(void* memory, float* shared) {
     using R = Ring<T, 2, kStages>;
     static_assert(kRows == 1, "a stage holds one row of a team");
-    const Span span(at);
+    const Span span(p, layout);
+    const unsigned count = span.count_from(at.row);
     const SharedAffine<T> affine =
         kAffine ? SharedAffine<T>(at, ptx::shared_address(memory) + R::kBytes) : SharedAffine<T>();
     Stream<T> x_rows(at, p.x, span.step), u_rows(at, p.u, span.step);
     out = Stream<T>(at, params.out, span.step);
     R::walk(
-        memory, span.iterations,
+        memory, span.count_from(span.first),
         [&](uint32_t stage, unsigned iteration) {
-          R::fetch(stage, 0, at, iteration < span.count, x_rows);
-          R::fetch(stage, 1, at, iteration < span.count, u_rows);
+          R::fetch(stage, 0, at, iteration < count, x_rows);
+          R::fetch(stage, 1, at, iteration < count, u_rows);
         },
         [&](uint32_t stage, unsigned) {
 #pragma unroll
@@ -188,7 +190,7 @@ Status norm_fwd(const NormFwdParams& params, void*, void* stream) {
   if (p.dtype == DType::kFloat64) return {kNoFloat64};
   if (p.rows == 0) return {};
   if (!fits_teams(p) || !can_walk(p, params.out)) return norm_any_fwd(params, queue);
-  const TeamLayout layout = team_layout(p);
+  TeamLayout layout = team_layout(p);
   return with_type(p.dtype, [&](auto element) {
     return with_gate(gate_of(p), [&](auto gate) {
       return with_flag(p.weight || p.bias, [&](auto affine) {
@@ -199,7 +201,7 @@ Status norm_fwd(const NormFwdParams& params, void*, void* stream) {
           dim3 grid(static_cast<unsigned>((p.rows + rows - 1) / rows), group_blocks(p, layout));
           int bytes = 0;
           if constexpr (C::kStays) {
-            grid.x = static_cast<unsigned>(row_blocks(p, layout, C::kBlocks));
+            grid.x = static_cast<unsigned>(staying_blocks(p, layout, C::kBlocks, p.concat ? kManyTurns : 1));
             bytes = Ring<decltype(element), 2, kStages>::kBytes +
                     (affine.value ? static_cast<int>(SharedAffine<decltype(element)>::bytes(layout)) : 0);
             HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -19,6 +19,7 @@ struct TeamLayout {
   int lanes = 0;                          // threads of a team, a power of 2
   int groups = 0;                         // that a block takes of a row
   int slots = 0;                          // rows that a block holds at a time
+  int turns = 1;                          // of blocks that stay: see Span
   float inverse = 0, eps = 0, scale = 0;  // 1 / width; of the problem; of what dropout keeps
 };
 
@@ -64,13 +65,13 @@ struct Place {
   int64_t row;          // the first
   bool there[kPieces];  // which pieces exist
 
-  // Blocks along x take `rows` rows each at a time.
-  __device__ Place(const NormProblem& p, const TeamLayout& layout, int rows) : p(p), layout(layout) {
+  // `first`: row of the block.
+  __device__ Place(const NormProblem& p, const TeamLayout& layout, int64_t first) : p(p), layout(layout) {
     const int lane = static_cast<int>(threadIdx.x) % lanes(), team = static_cast<int>(threadIdx.x) / lanes();
     const int group = static_cast<int>(blockIdx.y) * layout.groups + team % layout.groups;
     const int slot = team / layout.groups;
     column = group * p.width() + lane * kElements;
-    row = int64_t{blockIdx.x} * rows + slot;
+    row = first + slot;
     const bool valid = slot < layout.slots && group < p.groups;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) there[i] = valid && (i * lanes() + lane) * kElements < p.width();

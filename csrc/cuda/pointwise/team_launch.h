@@ -49,7 +49,15 @@ inline int row_blocks(const NormProblem& p, const TeamLayout& layout, int blocks
   return needed < held ? static_cast<int>(needed) : held;
 }
 
-constexpr int kMostBlocks = 4;  // of a processor, in as many turns as it takes
+// Blocks that stay and walk over rows: in so many turns where there are rows enough.
+inline int staying_blocks(const NormProblem& p, TeamLayout& layout, int blocks_per_processor, int turns) {
+  const int held = row_blocks(p, layout, blocks_per_processor);
+  constexpr int kFewestRounds = 16;
+  layout.turns = p.rows >= int64_t{held} * layout.slots * kFewestRounds ? turns : 1;
+  return held * layout.turns;
+}
+
+constexpr int kMostBlocks = 4;  // of a processor
 
 // Every row starts on 16 bytes, and the way to a team's next row fits 32 bits.
 inline bool can_walk(const NormProblem& p, const Rows& rows) {

@@ -64,19 +64,31 @@ class SharedAffine {
   int step_ = 0;  // bytes
 };
 
-// Which rows a team takes where blocks stay: from place.row on every step-th.
-struct Span {
-  int64_t step;
-  unsigned iterations;  // of the block
-  unsigned count;       // of the team
+constexpr int kManyTurns = 3;
 
-  template <class P>
-  __device__ explicit Span(const P& place) : step(int64_t{gridDim.x} * place.layout.slots) {
-    const int64_t rows = place.p.rows;
-    const auto from = [&](int64_t row) { return static_cast<unsigned>((rows - row + step - 1) / step); };
-    iterations = from(int64_t{blockIdx.x} * place.layout.slots);
-    count = place.row < rows ? from(place.row) : 0;
+// Which rows a block takes that stays. Some processors get their rows up to 1.4 times as fast as others, so blocks come
+// in turns: those of the first, as many as the device holds, take three quarters of the rows, those of a later one half
+// of what is left, and go to the processors that are done. In a turn, a block takes every step-th row from `first` on.
+struct Span {
+  int64_t first, step;
+
+  __device__ Span(const NormProblem& p, const TeamLayout& layout) : rows_(p.rows) {
+    const unsigned blocks = gridDim.x / layout.turns, turn = blockIdx.x / blocks;
+    step = int64_t{blocks} * layout.slots;
+    const unsigned rounds = static_cast<unsigned>((p.rows + step - 1) / step), left = rounds / 4;
+    const unsigned begin = turn == 0 ? 0 : rounds - (left >> (turn - 1));
+    const unsigned end = turn + 1 == layout.turns ? rounds : rounds - (left >> turn);
+    rounds_ = end - begin;
+    first = begin * step + blockIdx.x % blocks * layout.slots;
   }
+  // Of this turn: the last round may be short.
+  __device__ unsigned count_from(int64_t row) const {
+    return rounds_ - (row + (int64_t{rounds_} - 1) * step >= rows_ ? 1 : 0);
+  }
+
+ private:
+  int64_t rows_;
+  unsigned rounds_;
 };
 
 // kStages rows of kTensors tensors in shared memory; each thread's pieces are in places that no other thread uses, so
