@@ -78,7 +78,8 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
     const int lane = lane_id();
     const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
     const Cursor<TileB> cb(b, row_b + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    constexpr int kSteps = kK * static_cast<int>(sizeof(T)) / 32, kUnrolled = kSteps > 8 ? 4 : kSteps;  // more are too many addresses
+    constexpr int kSteps = kK * static_cast<int>(sizeof(T)) / 32;
+    constexpr int kUnrolled = kSteps > 8 ? 4 : kSteps;  // more are too many addresses
     if (kUnrolled < kSteps) acc.clear();
 #pragma unroll kUnrolled
     for (int k = 0; k < kSteps; ++k) {
