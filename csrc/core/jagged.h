@@ -22,17 +22,22 @@ struct RowRange {
   int size = 0;
 };
 
+// x: offsets[b].
+HSTU_HD int64_t clamped_offset(int64_t x, int b, int batch, int64_t total) {
+  return b == 0 ? 0 : b == batch ? total : x < 0 ? 0 : x > total ? total : x;
+}
+
 HSTU_HD int64_t clamped_offset(const IntArray& offsets, int b, int batch, int64_t total) {
-  if (b == 0) return 0;
-  if (b == batch) return total;
-  const int64_t x = offsets[b];
-  return x < 0 ? 0 : x > total ? total : x;
+  return clamped_offset(offsets[b], b, batch, total);
+}
+
+HSTU_HD RowRange row_range(int64_t begin, int64_t end) {
+  const int64_t size = end > begin ? end - begin : 0;
+  return {begin, static_cast<int>(size < kMaxLength ? size : kMaxLength)};
 }
 
 HSTU_HD RowRange row_range(const IntArray& offsets, int b, int batch, int64_t total) {
-  const int64_t begin = clamped_offset(offsets, b, batch, total), end = clamped_offset(offsets, b + 1, batch, total);
-  const int64_t size = end > begin ? end - begin : 0;
-  return {begin, static_cast<int>(size < kMaxLength ? size : kMaxLength)};
+  return row_range(clamped_offset(offsets, b, batch, total), clamped_offset(offsets, b + 1, batch, total));
 }
 
 HSTU_HD int clamped_length(const IntArray& lengths, int b, int absent, int most) {

@@ -24,6 +24,13 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+// Bits [begin, begin + count) of a word; what lies past it is left out.
+__device__ __forceinline__ uint32_t bit_mask(uint32_t begin, uint32_t count) {
+  uint32_t x;
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(x) : "r"(begin), "r"(count));
+  return x;
+}
+
 // Each half of a word filled with its own highest bit; or the word with that of its lower or upper half.
 __device__ __forceinline__ uint32_t signs_of_halves(uint32_t x) {
   uint32_t y;

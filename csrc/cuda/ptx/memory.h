@@ -1,4 +1,4 @@
-// Shared-memory access by 32-bit address, reductions in global memory, acquiring loads and a releasing
+// Shared-memory access by 32-bit address, stores and reductions in global memory, acquiring loads and a releasing
 // store.
 #pragma once
 
@@ -93,6 +93,11 @@ __device__ __forceinline__ void red_shared_min(uint32_t address, int x) {
 }
 __device__ __forceinline__ void red_shared_or(uint32_t address, unsigned x) {
   asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+// `to` on 16 bytes. A store through uint4* may become four of 4 bytes.
+__device__ __forceinline__ void st_global(void* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 // Read-only memory; not moved across other such loads, which bounds the registers of many.

@@ -1,7 +1,8 @@
 // Attention forward with Hopper's copy engine and asynchronous tensor cores.
 //
 // A block of threads stays on its SM and takes item after item (kRows queries of one head). In the first warpgroup one
-// warp finds items and one requests tiles; the other warpgroups compute, 64 queries each, on what has arrived:
+// warp finds items, one writes down what their rows keep and one requests tiles; the other warpgroups compute, 64
+// queries each, on what has arrived:
 //
 //   find     | item i + 1          (while item i is computed)
 //   load     | K0 Q V0 | K1 V1 | K2 V2 ...             (the next item already while this one is computed)
@@ -11,11 +12,11 @@
 // P never leaves the registers. Barriers, each with the arrivals that complete it:
 //
 //   item_full    the finding warp               item_empty    each computing warpgroup, and the loading warp
+//   spans_full   the masking warp               item_wanted   the loading warp, near the end of an item
 //   query_full  the loading lane, the bytes    query_empty  each computing warpgroup, after its last use of Q
 //   key_full    the loading lane, the bytes    key_empty    each computing warpgroup; value_* likewise
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <type_traits>
 
@@ -25,6 +26,8 @@
 #include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/fwd_bias_add.h"
 #include "cuda/sm90/fwd_bias_prepare.h"
+#include "cuda/sm90/fwd_find.h"
+#include "cuda/sm90/fwd_launch.h"
 #include "cuda/sm90/fwd_storage.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/store.h"
@@ -33,29 +36,6 @@
 #include "cuda/tile/walk.h"
 
 namespace hstu_ops::cuda::sm90 {
-
-// ---- the finding warp ----
-
-template <class C, class T>
-__device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
-  const AttentionProblem& problem = arguments.params.problem;
-  WorkFinder<C::kRows, false> finder(arguments.schedule);
-  bool first = true, more = true;
-  for (Ring<kItems> at; more; at.next()) {
-    FwdItem<C>& job = shared.items[at.stage];
-    shared.barrier.item_empty[at.stage].wait(at.round ^ 1);
-    const int64_t ticket = arguments.tickets.take(first);
-    const WorkItem item = finder.find(ticket);
-    first = false, more = item.block >= 0;
-    if (more)
-      job.set(item, load_sequence(problem.jagged, problem.mask, item.sequence), ticket, ptx::cluster_rank(),
-              ptx::cluster_size());
-    if (lane_id() == 0) job.more = more;
-    __syncwarp();
-    if (lane_id() == 0) shared.barrier.item_full[at.stage].arrive();
-  }
-  if (lane_id() == 0) arguments.tickets.close();
-}
 
 // ---- the loading warp ----
 
@@ -89,12 +69,19 @@ struct FwdLoader {
     }
   }
 
+  // The next item may be taken.
+  __device__ void want_item() const {
+    if (lane_id() == 0) shared.barrier.item_wanted.arrive();
+  }
+
   __device__ void load_item(const FwdItem<C>& item) {
     FwdBarriers<C>& barrier = shared.barrier;
     const Job& job = item.job;
     const TileSpans tiles = item.tiles();
     const int head = job.item.head, begin = static_cast<int>(job.sequence.begin_kv);
     bool queries = false;
+    int left = item.paced() ? tiles.size() : 0;
+    if (left > 0 && left <= kLateTiles) want_item();
     for (int tile = tiles.next(-1); tile < tiles.end(); tile = tiles.next(tile)) {
       const int stage = ring.stage, row = begin + tile * C::kCols;
       load_tile(arguments.k, barrier.key_full[stage], barrier.key_empty[stage], shared.key_panel(stage, 0).base, head,
@@ -104,6 +91,7 @@ struct FwdLoader {
       load_tile(arguments.v, barrier.value_full[stage], barrier.value_empty[stage], shared.value_panel(stage, 0).base,
                 head, row);
       ring.next();
+      if (--left == kLateTiles) want_item();
     }
     if (!queries) load_queries(item);
   }
@@ -150,6 +138,7 @@ struct FwdComputer {
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
   Ring<C::kStages> ring;
   unsigned bias_count = 0;  // tiles so far
+  unsigned parity = 0;      // of the item's number
 
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ int warp_row() const { return group * 64 + thread() / 32 * 16; }
@@ -159,8 +148,8 @@ struct FwdComputer {
   }
 
   // Waits for the item's queries and takes them into registers, if that is where they are used.
-  __device__ __forceinline__ void take_queries(Queries& q, unsigned round) {
-    shared.barrier.query_full.wait(round);
+  __device__ __forceinline__ void take_queries(Queries& q) {
+    shared.barrier.query_full.wait(parity);
     if constexpr (C::kQueryRegisters) {
 #pragma unroll
       for (int i = 0; i < C::kDim / 16; ++i) {
@@ -217,8 +206,15 @@ struct FwdComputer {
 
   // Which columns of a tile row `lane` of this warp keeps.
   __device__ __forceinline__ uint64_t keep_bits(const FwdItem<C>& item, int tile) const {
-    const Sequence& s = item.job.sequence;
-    return row_bits(s.mask, s.first_row + item.first + warp_row() + lane_id(), tile * C::kCols);
+    if constexpr (C::kSpans) {
+      const int row = warp_row() + lane_id() % 16, col = tile * C::kCols;
+      const uint4 x = ptx::ld_shared_u4(shared.row_spans(parity, row));
+      return span_bits(0, x.x, col) | span_bits(x.y, x.z, col) |
+             span_bits(x.w, item.job.sequence.first_row + item.first + row + 1, col);
+    } else {
+      const Sequence& s = item.job.sequence;
+      return row_bits(s.mask, s.first_row + item.first + warp_row() + lane_id(), tile * C::kCols);
+    }
   }
 
   __device__ __forceinline__ BiasTile bias_place(const FwdItem<C>& item, int tile) const {
@@ -229,8 +225,8 @@ struct FwdComputer {
     return {shared.bias_stage(bias_count % C::kBiasStages), shared.bias_tables(), bias_place(item, tile)};
   }
 
-  __device__ __forceinline__ void activate(Scores& s, const FwdItem<C>& item, int at, TileBias<C>& bias, bool covered,
-                                           uint64_t keep) const {
+  __device__ __forceinline__ void activate(Scores& s, const FwdItem<C>& item, int at, TileBias<C>& bias,
+                                           bool covered) const {
     Tile& tile = reinterpret_cast<Tile&>(s);
     if constexpr (kBias) {
       bias.add(arguments.params.problem, item.job, bias_place(item, at), arguments.alpha, Score<T>::kArgument, tile);
@@ -238,7 +234,7 @@ struct FwdComputer {
       tile.each([this](float& x, int, int) { x *= arguments.alpha; });
     }
     Score<T>::activate(tile);
-    if (!covered) mask_rows(kBias ? keep_bits(item, at) : keep, tile);
+    if (!covered) mask_rows(keep_bits(item, at), tile);
   }
 
   __device__ __forceinline__ void round(const Scores& s, Weights& p) const {
@@ -281,33 +277,30 @@ struct FwdComputer {
     advance();
   }
 
-  // Tiles [tile, end), of each of which this warpgroup keeps something. The mask is worked out while no scores take
-  // registers.
+  // Tiles [tile, end), of each of which this warpgroup keeps something.
   __device__ __forceinline__ void compute_run(const FwdItem<C>& item, const GroupTiles& tiles, int tile, int end,
                                               const Queries& q, Output& out) {
     Scores s;
     Weights p;
     bool covered = tiles.covers(tile);
-    uint64_t keep = covered || kBias ? 0 : keep_bits(item, tile);
     await_keys();
     multiply_keys(q, s);
     TileBias<C> bias = make_bias(item, tile);
     ptx::wgmma_wait<0>();
     release_keys(tiles, tile);
-    activate(s, item, tile, bias, covered, keep);
+    activate(s, item, tile, bias, covered);
     round(s, p);
     Ring<C::kStages> current = ring;
     advance();
     for (++tile; tile < end; ++tile) {
       covered = tiles.covers(tile);
-      keep = covered || kBias ? 0 : keep_bits(item, tile);
       await_keys();
       multiply_keys(q, s);
       multiply_values(out, p, C::kCols, current);
       TileBias<C> bias = make_bias(item, tile);
       ptx::wgmma_wait<1>();
       release_keys(tiles, tile);
-      activate(s, item, tile, bias, covered, keep);
+      activate(s, item, tile, bias, covered);
       ptx::wgmma_wait<0>();
       release_values(current.stage, bias_count - 1);
       round(s, p);
@@ -320,12 +313,12 @@ struct FwdComputer {
     release_values(current.stage, bias_count - 1);
   }
 
-  __device__ __forceinline__ void compute(const FwdItem<C>& item, unsigned round, Output& out) {
+  __device__ __forceinline__ void compute(const FwdItem<C>& item, Output& out) {
     // Bias takes registers: with it the tiles are read from shared memory.
     std::conditional_t<kBias, const TileSpans&, const TileSpans> walk = item.tiles();
     std::conditional_t<kBias, const GroupTiles&, const GroupTiles> tiles = item.groups[group];
     Queries q;
-    take_queries(q, round);
+    take_queries(q);
     if (!C::kQueryRegisters && tiles.none()) release(shared.barrier.query_empty);
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       if (tiles.kept.has(tile)) {
@@ -362,8 +355,9 @@ struct FwdComputer {
       Output out;
 #pragma unroll
       for (float& x : out) x = 0.f;
-      static_assert(kItems % 2 == 1);
-      compute(item, (at.stage + at.round) % 2, out);  // items by turns use either phase of the queries' barriers
+      parity = at.parity();
+      if constexpr (C::kSpans) shared.barrier.spans_full[at.stage].wait(at.round);
+      compute(item, out);
       store(item, out);
       sync();  // all four warps are done with the item
       release(shared.barrier.item_empty[at.stage]);
@@ -402,6 +396,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
       FwdLoader<C, T>{arguments, shared, {}}.run();
     } else if (warp == 1) {
       find_items(arguments, shared);
+    } else if constexpr (C::kSpans) {
+      if (warp == 2) write_spans<C, T>(shared);
     } else if constexpr (C::kPreparers > 0) {
       BiasPreparer<C, T> preparer(arguments, shared);
       if (warp == 2) {
@@ -416,40 +412,14 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
   }
 }
 
-// Into how many parts the keys of each item are cut where there are too few items to fill the processors.
-template <class C>
-int key_parts(const AttentionProblem& a, int processors) {
-  const JaggedParams& j = a.jagged;
-  const int64_t blocks = j.total_q / C::kRows > j.batch ? j.total_q / C::kRows : j.batch;
-  const int64_t tiles = j.total_kv / j.batch / C::kCols;
-  int parts = 1;
-  while (parts < 8 && 2 * parts * blocks * a.heads <= processors && 8 * parts <= tiles) parts *= 2;
-  return parts;
-}
-
-template <class C, auto kKernel>
-Status launch(const FwdArguments& arguments, unsigned blocks, unsigned cluster, cudaStream_t stream) {
-  static std::atomic<uint64_t> allowed{0};  // devices on which the kernel may have its shared memory
+template <class T, class C, bool kFolded>
+Status launch(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
+  using Launch = FwdLaunch<C, attention_fwd_kernel<C, T, kFolded>>;
+  const AttentionProblem& a = params.problem;
   int device = 0;
   HSTU_TRY(cudaGetDevice(&device));
-  if (device >= 64 || !(allowed >> device & 1)) {
-    HSTU_TRY(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-    if (device < 64) allowed |= uint64_t{1} << device;
-  }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks, config.blockDim = C::kThreads, config.dynamicSmemBytes = C::kSharedBytes;
-  config.stream = stream, config.attrs = &attribute, config.numAttrs = cluster > 1;
-  HSTU_TRY(cudaLaunchKernelEx(&config, kKernel, arguments));
-  return {};
-}
-
-template <class T, class C>
-Status launch_problem(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
-  const AttentionProblem& a = params.problem;
-  const int parts = key_parts<C>(a, processors);
+  if (Status s = Launch::allow(device); !s.ok()) return s;
+  const int parts = Launch::key_parts(a, device, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
   const bool shared_out = workspace && parts == 1 && items > processors;
   FwdArguments arguments{{},
@@ -465,14 +435,20 @@ Status launch_problem(const AttentionFwdParams& params, void* workspace, int pro
   if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk, C::kRows); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
-  const unsigned blocks = static_cast<unsigned>(shared_out ? processors : items * parts);
+  Launch launch(static_cast<unsigned>(shared_out ? processors : items * parts), parts, stream);
+  HSTU_TRY(cudaLaunchKernelEx(&launch.config, attention_fwd_kernel<C, T, kFolded>, arguments));
+  return {};
+}
+
+template <class T, class C>
+Status launch_problem(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
   // Half the range of bfloat16 is left to the products of Q scaled; float16 would lose small numbers.
   if constexpr (C::kQueryRegisters && std::is_same_v<T, __nv_bfloat16> && std::is_same_v<typename C::Bias, NoBias>) {
     int exponent;
-    if (std::frexp(a.alpha, &exponent) == 0.5 && exponent > -32 && exponent < 32)
-      return launch<C, attention_fwd_kernel<C, T, true>>(arguments, blocks, parts, stream);
+    if (std::frexp(params.problem.alpha, &exponent) == 0.5 && exponent > -32 && exponent < 32)
+      return launch<T, C, true>(params, workspace, processors, stream);
   }
-  return launch<C, attention_fwd_kernel<C, T, false>>(arguments, blocks, parts, stream);
+  return launch<T, C, false>(params, workspace, processors, stream);
 }
 
 template <class T, int kDim>

@@ -6,6 +6,10 @@
 
 namespace hstu_ops::cuda::sm90 {
 
+// The next item is found when the loading warp has so many tiles of this one left; or, after a short one, as soon as
+// there is room for it: finding takes 3 to 4 us.
+constexpr int kLateTiles = 8, kShortTiles = 4;
+
 // A set of tiles: three intervals in order.
 struct TileSpans {
   Interval prefix, window, group;
@@ -28,6 +32,7 @@ struct TileSpans {
   }
   __device__ bool has(int tile) const { return prefix.has(tile) || window.has(tile) || group.has(tile); }
   __device__ int end() const { return group.hi; }
+  __device__ int size() const { return prefix.size() + window.size() + group.size(); }
   // The first tile behind `tile` (-1: the first of all); at least end() if there is none.
   __device__ int next(int tile) const {
     tile = max_int(tile + 1, prefix.lo);
@@ -54,8 +59,9 @@ struct GroupTiles {
   template <int kCols>
   __device__ static GroupTiles make(const Mask& mask, int m0, int m1) {
     GroupTiles g;
-    g.kept = TileSpans::meeting<kCols>(mask.rows(m0, m1));
-    const RowSpans all = mask.common(m0, m1);
+    const int lo = max_int(m0, 0), hi = min_int(m1, mask.len);  // the same in both: what they share is computed once
+    g.kept = TileSpans::meeting<kCols>(mask.rows(lo, hi));
+    const RowSpans all = lo == m0 && hi == m1 ? mask.common(lo, hi) : RowSpans{};
     g.prefix = all.prefix.hi / kCols;
     g.covered = {ceil_div(all.window.lo, kCols), all.window.hi / kCols};
     return g;
@@ -82,6 +88,8 @@ struct FwdItem {
   longlong2 ends[C::kTimeRows / 16 + 1];
 
   __device__ const TileSpans& tiles() const { return groups[C::kGroups].kept; }
+  // Whether the item after this one waits for the loading warp to get near the end of this one.
+  __device__ bool paced() const { return tiles().size() > kShortTiles; }
 
   // By one warp; all lanes pass the same. Keeps part `part` of `parts` of the tiles.
   __device__ __forceinline__ void set(const WorkItem& item, const Sequence& s, int64_t index, int part, int parts) {

@@ -37,19 +37,22 @@ struct FwdPlan : Shape {
   static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Shape>::kBytes : 0;
   static constexpr int kBiasBytes =
       kPreparers ? BiasTables<Shape>::kBytes + kBiasStages * kBiasStageBytes + NoteQueue<Shape>::kBytes : 0;
-  static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes;
+  static constexpr bool kSpans = std::is_same_v<Bias, NoBias>;
+  static constexpr int kSpanBytes = kSpans ? 2 * Shape::kRows * 16 : 0;
+  static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes + kSpanBytes;
   static constexpr int kTimeRows = kPreparers ? Shape::kRows : 1;  // of an item, whose times it keeps
   static_assert(kSharedBytes + 2048 + kItems * kTimeRows * 5 <= kSharedMemory, "barriers and items take 2 KB");
 };
 
 template <class C>
 struct FwdBarriers {
-  ptx::Mbarrier item_full[kItems], item_empty[kItems], query_full, query_empty;
+  ptx::Mbarrier item_wanted, item_full[kItems], item_empty[kItems], spans_full[kItems], query_full, query_empty;
   ptx::Mbarrier notes_full[2], notes_empty[2], bias_full[C::kBiasStages], bias_empty[C::kBiasStages];
   ptx::Mbarrier key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
 
   __device__ void init() {
-    for (ptx::Mbarrier& b : item_full) b.init(1);
+    item_wanted.init(1);
+    for (int i = 0; i < kItems; ++i) item_full[i].init(1), spans_full[i].init(1);
     for (ptx::Mbarrier& b : item_empty) b.init(C::kGroups + 1 + C::kPreparers);
     for (int i = 0; i < 2; ++i) notes_full[i].init(1), notes_empty[i].init(1);
     for (int i = 0; i < C::kBiasStages; ++i) bias_full[i].init(1 + 32), bias_empty[i].init(C::kGroups);
@@ -69,7 +72,7 @@ struct FwdStorage {
 
   FwdBarriers<C>& barrier;
   FwdItem<C> (&items)[kItems];
-  uint32_t queries, keys, values, staging, bias;
+  uint32_t queries, keys, values, staging, bias, spans;
 
   __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
       : barrier(barrier), items(items) {
@@ -78,11 +81,13 @@ struct FwdStorage {
     values = keys + C::kStages * C::kKeyBytes;
     staging = values + C::kStages * C::kKeyBytes;
     bias = staging + C::kRows * 128;
+    spans = bias + C::kBiasBytes;
   }
   __device__ BiasTables<C> bias_tables() const { return {bias}; }
   __device__ uint32_t bias_stage(int stage) const { return bias + BiasTables<C>::kBytes + stage * C::kBiasStageBytes; }
   __device__ NoteQueue<C> notes() const { return {bias_stage(C::kBiasStages)}; }
   __device__ Panel query_panel(int panel) const { return {queries + panel * C::kRows * 128}; }
+  __device__ uint32_t row_spans(int buffer, int row) const { return spans + (buffer * C::kRows + row) * 16; }
   __device__ Panel key_panel(int stage, int panel) const {
     return {keys + stage * C::kKeyBytes + panel * C::kCols * 128};
   }

@@ -12,6 +12,11 @@ struct Ring {
   __device__ void next() {
     if (++stage == kStages) stage = 0, round ^= 1;
   }
+  // Of the number of steps so far.
+  __device__ unsigned parity() const {
+    static_assert(kStages % 2 == 1);
+    return (stage + round) % 2;
+  }
 };
 
 // The same for several rings that advance together: one register.

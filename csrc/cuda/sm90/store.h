@@ -11,6 +11,22 @@
 
 namespace hstu_ops::cuda::sm90 {
 
+// A warp's 16 rows of 64 columns in `tile` to `to`, from row `first` of `rows` on.
+template <class T>
+__device__ __forceinline__ void store_rows(const SmemTile<T, 64>& tile, const GlobalRows<T>& to, int first, int rows) {
+  if (to.aligned && to.dim >= 64 && first + 16 <= rows) {
+    const int row = lane_id() / 8, chunk = lane_id() % 8;
+    T* target = to.data + (first + row) * to.row_stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ptx::st_global(target, ptx::ld_shared_u4(tile.at(row + 4 * i, chunk)));
+      target += 4 * to.row_stride;
+    }
+  } else {
+    store_tile<16, 32>(tile, 0, to, first, rows, lane_id());
+  }
+}
+
 // A warp's 16 rows, from query `first` of the job's sequence on; `staging` has room for 64 columns of them. Rows past
 // the last query and columns past the last dimension are left alone.
 template <class T, int kValues>
@@ -32,7 +48,7 @@ __device__ __forceinline__ void store_output(const SmemTile<T, 64>& staging, con
       ptx::stmatrix_x4(staging.at(lane_id() % 16, i * 2 + lane_id() / 16), r);
     }
     __syncwarp();
-    store_tile<16, 32>(staging, 0, rows, first, job.sequence.num_q, lane_id());
+    store_rows(staging, rows, first, job.sequence.num_q);
     __syncwarp();
     rows.data += 64, rows.dim -= 64;
   }
@@ -76,14 +92,32 @@ __device__ __forceinline__ void store_sum(uint32_t memory, int thread, const Att
       ptx::st_shared(own + i * kPitch, make_float4(x[0] * low, x[1] * low, x[2] * high, x[3] * high));
     }
   ptx::cluster_sync();
-  const int size = ptx::cluster_size(), share = kValues / 4 / size, begin = ptx::cluster_rank() * share;
-  for (int i = begin; any && i < begin + share; ++i) {
-    if (size == 2) {
-      store_four<T, 2>(own + i * kPitch, i, first, num_q, rows);
-    } else if (size == 4) {
-      store_four<T, 4>(own + i * kPitch, i, first, num_q, rows);
-    } else {
-      store_four<T, 8>(own + i * kPitch, i, first, num_q, rows);
+  const int size = ptx::cluster_size(), rank = ptx::cluster_rank(), end = kValues / 4 * (rank + 1) / size;
+  for (int i = kValues / 4 * rank / size; any && i < end; ++i) {
+    const auto store = [&](auto constant) {
+      store_four<T, decltype(constant)::value>(own + i * kPitch, i, first, num_q, rows);
+    };
+    switch (size) {
+      case 2:
+        store(std::integral_constant<int, 2>{});
+        break;
+      case 3:
+        store(std::integral_constant<int, 3>{});
+        break;
+      case 4:
+        store(std::integral_constant<int, 4>{});
+        break;
+      case 5:
+        store(std::integral_constant<int, 5>{});
+        break;
+      case 6:
+        store(std::integral_constant<int, 6>{});
+        break;
+      case 7:
+        store(std::integral_constant<int, 7>{});
+        break;
+      default:
+        store(std::integral_constant<int, 8>{});
     }
   }
   ptx::cluster_sync();  // nobody leaves while others read

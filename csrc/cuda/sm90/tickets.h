@@ -36,15 +36,23 @@ class Tickets {
     ptx::st_release(&counters_->tag, tag_);
   }
   // The next number, by a warp; a block's first is its own.
-  __device__ int64_t take(bool first) const {
-    if (first) return blockIdx.x / ptx::cluster_size();
-    if (!counters_) return INT64_MAX;
-    unsigned ticket = 0;
-    if (lane_id() == 0) {
+  __device__ int64_t take(bool is_first) const {
+    if (is_first) return first();
+    await_open();
+    return next();
+  }
+  // The same in steps, for those who have time for the second after the first.
+  __device__ int64_t first() const { return blockIdx.x / ptx::cluster_size(); }
+  __device__ void await_open() const {
+    if (counters_ && lane_id() == 0)
       while (ptx::ld_acquire(&counters_->tag) != tag_) {
       }
-      ticket = atomicAdd(&counters_->next, 1u);
-    }
+    __syncwarp();
+  }
+  __device__ int64_t next() const {
+    if (!counters_) return INT64_MAX;
+    unsigned ticket = 0;
+    if (lane_id() == 0) ticket = atomicAdd(&counters_->next, 1u);
     return __shfl_sync(~0u, ticket, 0);
   }
   // Once in each block, when it has taken its last.

@@ -150,7 +150,7 @@ __device__ __forceinline__ void store_tile(const Tile& tile, int tile_row, const
     const uint4 x = ptx::ld_shared_u4(tile.at(tile_row + row, chunk));
     T* target = to.data + (first + row) * to.row_stride + chunk * kPer;
     if (to.aligned && count >= kPer) {
-      *reinterpret_cast<uint4*>(target) = x;
+      ptx::st_global(target, x);
     } else {
       scatter_chunk(target, x, count);
     }

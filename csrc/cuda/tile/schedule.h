@@ -40,12 +40,19 @@ __device__ __forceinline__ int warp_inclusive_sum(int x) {
   return x;
 }
 
-// Blocks of the sequences [first, first + 4) of this lane.
-template <int kRows>
-__device__ __forceinline__ void load_counts(const Schedule& s, int first, int (&count)[4]) {
+// Blocks of the sequences [first, first + 4) of this lane. All offsets are on their way before the first is used.
+template <int kRows, class Int>
+__device__ __forceinline__ void load_counts(const Schedule& s, const Int* offsets, int first, int (&count)[4]) {
+  Int at[5];
 #pragma unroll
-  for (int k = 0; k < 4; ++k)
-    count[k] = first + k < s.batch ? ceil_div(row_range(s.offsets, first + k, s.batch, s.total).size, kRows) : 0;
+  for (int k = 0; k < 5; ++k) at[k] = offsets[min_int(first + k, s.batch)];
+  int64_t begin = clamped_offset(at[0], first, s.batch, s.total);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int64_t end = clamped_offset(at[k + 1], first + k + 1, s.batch, s.total);
+    count[k] = first + k < s.batch ? ceil_div(row_range(begin, end).size, kRows) : 0;
+    begin = end;
+  }
 }
 
 // Item `rank` of the sequences with count[] blocks, the highest blocks first: a lane's four sequences start at 4 *
@@ -113,7 +120,12 @@ class WorkFinder {
   __device__ __forceinline__ bool next_chunk() {
     chunk_ += kChunk;
     if (chunk_ >= s_.batch) return false;
-    load_counts<kRows>(s_, chunk_ + 4 * lane_id(), count_);
+    const int first = chunk_ + 4 * lane_id();
+    if (s_.offsets.is_int64) {
+      load_counts<kRows>(s_, static_cast<const int64_t*>(s_.offsets.data), first, count_);
+    } else {
+      load_counts<kRows>(s_, static_cast<const int32_t*>(s_.offsets.data), first, count_);
+    }
     const int mine = count_[0] + count_[1] + count_[2] + count_[3];
     const int inclusive = warp_inclusive_sum(mine);
     before_ = chunk_end_ + inclusive - mine;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/mask.h"
+#include "cuda/ptx/math.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/tile/layout.h"
 
@@ -78,6 +79,14 @@ __device__ __forceinline__ uint64_t bits_below(int n) { return n <= 0 ? 0 : n >=
 
 __device__ __forceinline__ uint64_t interval_bits(const Interval& s, int first) {
   return bits_below(s.hi - first) & ~bits_below(s.lo - first);
+}
+
+// The same without branches, for lo >= 0.
+__device__ __forceinline__ uint64_t span_bits(int lo, int hi, int first) {
+  lo = max_int(lo - first, 0), hi = max_int(hi - first, 0);
+  const unsigned low = ptx::bit_mask(lo, max_int(hi - lo, 0));
+  lo = max_int(lo - 32, 0), hi = max_int(hi - 32, 0);
+  return low | uint64_t{ptx::bit_mask(lo, max_int(hi - lo, 0))} << 32;
 }
 
 // Which of the columns [first, first + 64) a row keeps.
