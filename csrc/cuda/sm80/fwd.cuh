@@ -130,7 +130,17 @@ struct FwdTile {
     }
   }
 
-  __device__ __forceinline__ void run() {
+  // Offsets that fall somewhere may make more items than there are blocks: `more` is set if that must be assumed.
+  __device__ __forceinline__ void look_for_more(const Schedule& s, int& more) const {
+    constexpr int kMost = 8 * C::kThreads;  // sequences; beyond, looking for an item takes less time
+    bool falls = s.batch > kMost;
+    for (int b = threadIdx.x; b < min_int(s.batch, kMost); b += C::kThreads)
+      if (clamped_offset(s.offsets, b, s.batch, s.total) > clamped_offset(s.offsets, b + 1, s.batch, s.total))
+        falls = true;
+    if (falls) more = 1;
+  }
+
+  __device__ __forceinline__ void run(const Schedule& schedule, int& more) {
     const Bias& bias = *static_cast<const Bias*>(shared.bias);  // there, it costs no registers
     const auto classes = [&](int tile) { return classify(tile); };
     TileWalk<std::is_same_v<Bias, ManyBucketsBias>, decltype(classes)> walk(ceil_div(job.sequence.mask.len, C::kCols),
@@ -140,7 +150,12 @@ struct FwdTile {
     if (current.exists()) load_keys(current.tile(), 0);
     ptx::cp_async_commit();
     Bias::template make<false>(params.problem, job, shared.bias, ptx::thread_index(), C::kThreads);
+    look_for_more(schedule, more);
     out.clear();
+    if (!current.exists()) {  // nobody may store to Q's place before it has arrived
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    }
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= 1) {
       const TileState next = walk.next();
@@ -165,8 +180,6 @@ struct FwdTile {
     const AttentionProblem& a = params.problem;
     const int row = warp_row(), warp_first = first() + row;
     const RowScale scale(a.scale, job.item.sequence, job.sequence.begin_q);
-    ptx::cp_async_wait<0>();
-    __syncthreads();
     put_accumulator<T>(shared.q, row, 0, out, [&](int r) {
       const int query = warp_first + r + lane_row();
       return query < job.sequence.num_q ? scale(query) : 0.f;
@@ -183,6 +196,7 @@ __global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::k
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Job job;
   __shared__ RowPair<typename C::T> keys;
+  __shared__ int more;  // are there more items than blocks? Only where offsets are ill-formed
   const FwdStorage<C> shared(memory);
   const AttentionProblem& problem = arguments.params.problem;
   for (int64_t i = blockIdx.x;;) {
@@ -193,11 +207,13 @@ __global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::k
       keys.set(FwdTile<C, Bias>::key_rows(problem, job), FwdTile<C, Bias>::value_rows(problem, job),
                job.sequence.mask.len, C::kDim);
       reset_bias<Bias>(shared.bias);
+      more = gridDim.x == kMostBlocks;
     }
     __syncthreads();
     FwdTile<C, Bias> tile(arguments, job, keys, shared);
-    tile.run();
+    tile.run(arguments.schedule, more);
     tile.store();
+    if (!more) break;
     i = job.index + gridDim.x;
     __syncthreads();  // the next item reuses shared memory
   }

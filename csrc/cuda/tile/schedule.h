@@ -202,11 +202,12 @@ inline Schedule query_schedule(const AttentionProblem& a) {
   return s;
 }
 
+constexpr int kMostBlocks = 0x7fffffff;  // of a grid
+
 // Items of well-formed offsets at most; a grid of at least one block.
 inline int64_t most_items(int64_t total, int batch, int rows, int heads) {
   const int64_t items = (total / rows + batch) * heads;
-  constexpr int64_t kMost = 0x7fffffff;
-  return items < 1 ? 1 : items < kMost ? items : kMost;
+  return items < 1 ? 1 : items < kMostBlocks ? items : kMostBlocks;
 }
 
 }  // namespace hstu_ops::cuda
