@@ -26,6 +26,7 @@ struct RowSpans {
 
   HSTU_HD bool has(int j) const { return prefix.has(j) || window.has(j) || group.has(j); }
   HSTU_HD bool meets(int a, int b) const { return prefix.meets(a, b) || window.meets(a, b) || group.meets(a, b); }
+  HSTU_HD bool covers(int a, int b) const { return window.contains(a, b) || prefix.contains(a, b); }
   HSTU_HD int size() const { return prefix.size() + window.size() + group.size(); }
 };
 
@@ -112,10 +113,7 @@ struct Mask {  // of one sequence; rows and columns run over [0, len)
 
   // Is every element kept, so that no per-element mask is needed? May say no where the tile straddles
   // two kinds of row or two intervals: that costs time, not correctness.
-  HSTU_HD bool covers(int m0, int m1, int n0, int n1) const {
-    const RowSpans r = common(m0, m1);
-    return r.window.contains(n0, n1) || r.prefix.contains(n0, n1);
-  }
+  HSTU_HD bool covers(int m0, int m1, int n0, int n1) const { return common(m0, m1).covers(n0, n1); }
 
   // Pairs kept by rows [m0, len): what the operations of a problem are counted from.
   HSTU_HD int64_t kept_pairs(int m0 = 0) const {

@@ -6,13 +6,14 @@
 // memory, and is one tile late, so that no warpgroup waits for another. (For more than 128 dimensions see bwd_wide.h,
 // for a dQ of a kernel of its own bwd_queries.cuh.)
 //
-//   find     | item i + 2 | item i + 3 ...
+//   find     | tiles of item i                     | item i + 1 ...       (near the end of item i, not before)
 //   load     | Q0 dO0 | K V | Q1 dO1 | Q2 dO2 ...      (the next item already while this one is computed)
 //   compute  |  S0 dP0         | dV += P0 dO0, dK += dS0 Q0 | S1 dP1 dQ0 | dV += P1 dO1, dK += dS1 Q1 | ...
 //            |         P0, dS0 |   dS0 to memory            |    P1, dS1 |   dS1, dQ0 to memory
 //   add      |                                                              dQ0 to global memory (fp32) ...
 //
-// The first warpgroup finds, loads and adds, one warp or two each. Barriers: see bwd_storage.h.
+// The first warpgroup finds, loads and adds, one warp or two each. At D 64 three warpgroups compute, and a tile's dQ is
+// the whole of one's work, by turns. Barriers: see bwd_storage.h.
 #pragma once
 
 #include "cuda/ptx/dependent.h"
@@ -44,12 +45,18 @@ struct BwdComputer : BwdGroup<C, T> {
 
   Count items, tiles;  // so far
 
+  // Where dQ of a tile waits to be added, and how often that place has been used.
+  __device__ int sum_stage(Count tile) const { return C::kTurns ? tile.stage<C::kSumStages>() : group; }
+  __device__ unsigned sum_round(Count tile) const { return C::kTurns ? tile.round<C::kSumStages>() : tile.round<1>(); }
+  // Has this warpgroup a part in dQ of the tile before `count`?
+  __device__ bool has_turn(Count count) const { return !C::kTurns || count.before().stage<C::kGroups>() == group; }
+
   // This warpgroup's 64 columns of dQ = dS K of the tile before `count`, begun.
   __device__ __forceinline__ void multiply_keys(QuerySums& dq, Count count) const {
     const Count before = count.before();
     barrier().score.full[before.stage<C::kScoreStages>()].wait(before.round<C::kScoreStages>());
     const ptx::Descriptor a(shared.score_panel(before.stage<C::kScoreStages>(), C::kSplitQueries ? group : 0).base),
-        b(shared.key_panel(items.stage<C::kKeyStages>(), C::kSplitQueries ? 0 : group).base);
+        b(shared.key_panel(items.stage<C::kKeyStages>(), C::kPanels == 1 ? 0 : group).base);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::kKeys / 16; ++step)
@@ -62,14 +69,15 @@ struct BwdComputer : BwdGroup<C, T> {
     const int first = shared.state.tiles[count.before().stage<kBwdTiles>()].tile() * C::kQueries +
                       (C::kSplitQueries ? group * 64 : 0);
     const int64_t row = job.sequence.begin_q + first;
-    Gate<1>& gate = barrier().sum[group];
-    gate.empty[0].wait(count.before().round<1>() ^ 1);
-    put_sums(shared.sums(group), thread() / 32 * 16, row, dq, arguments.alpha * factor(job));
+    const int to = sum_stage(count.before());
+    Gate<1>& gate = barrier().sum[to];
+    gate.empty[0].wait(sum_round(count.before()) ^ 1);
+    put_sums(shared.sums(to), thread() / 32 * 16, row, dq, arguments.alpha * factor(job));
     if (thread() == 0) {
       const int rows = clamp_int(job.sequence.num_q - first, 0, 64);
       const AttentionProblem& a = arguments.params.problem;
-      shared.state.sums[group] = {
-          arguments.sums + sum_row(a.jagged.total_q, C::kPanels, job.item.head, C::kSplitQueries ? 0 : group, row),
+      shared.state.sums[to] = {
+          arguments.sums + sum_row(a.jagged.total_q, C::kPanels, job.item.head, C::kPanels == 1 ? 0 : group, row),
           rows * kPanel * 4};
     }
     ptx::fence_proxy_async();
@@ -80,6 +88,7 @@ struct BwdComputer : BwdGroup<C, T> {
   // dQ of the tile before `count`.
   __device__ __forceinline__ void finish_query_sums(const Job& job, Count count) const {
     if constexpr (C::kQuerySums) {
+      if (!has_turn(count)) return;
       QuerySums dq;
       multiply_keys(dq, count);
       ptx::wgmma_wait<0>();
@@ -106,9 +115,10 @@ struct BwdComputer : BwdGroup<C, T> {
     arrive_warp(barrier().score.full[tiles.stage<C::kScoreStages>()]);
   }
 
-  // A tile of which this warpgroup keeps something; kDue: dQ of the tile before it is due.
-  template <bool kDue>
-  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, Sums& dk, Sums& dv) {
+  // A tile of which this warpgroup keeps something. dQ of the tile before it is found beside this one's sums or, by
+  // turns, behind them, as three warpgroups have no registers for both; or not at all (the first tile of an item).
+  template <bool kBeside>
+  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, Sums& dk, Sums& dv, bool behind = false) {
     Operand p, ds;
     QuerySums dq;
     Bits bits;
@@ -127,14 +137,15 @@ struct BwdComputer : BwdGroup<C, T> {
       ptx::wgmma_settle(d);
       score(job, tile, bits, s, d, p, ds, [this] { return slots(); });
     }
-    if (kDue) multiply_keys(dq, tiles);
+    if (kBeside) multiply_keys(dq, tiles);
     ptx::wgmma_settle(p), ptx::wgmma_settle(dv), ptx::wgmma_settle(ds), ptx::wgmma_settle(dk);
     ptx::wgmma_fence();
     accumulate(dv, p, shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
     accumulate(dk, ds, shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
     ptx::wgmma_commit();
     if (C::kQuerySums) put_scores(ds);
-    if (kDue) {
+    if (behind) finish_query_sums(job, tiles);
+    if (kBeside) {
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(dq);
       put_query_sums(job, dq, tiles);
@@ -163,7 +174,28 @@ struct BwdComputer : BwdGroup<C, T> {
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
   }
 
+  // dQ by turns: one copy of a tile's code serves the first tile, too, or registers would not do.
+  __device__ __forceinline__ void compute_turns(const Job& job, Sums& dk, Sums& dv) {
+    bool first = true;
+#pragma unroll 1
+    for (;;) {
+      const BwdTile tile = await_tile(job, tiles);
+      if (tile.kept(group)) {
+        compute_tile<false>(job, tile, dk, dv, !first);
+      } else {
+        skip_tile();
+        if (!first) finish_query_sums(job, tiles);
+      }
+      first = false;
+      release_tile();
+      if (tile.last()) break;
+    }
+    release(barrier().value.empty[items.stage<C::kValueStages>()]);
+    finish_query_sums(job, tiles);
+  }
+
   __device__ __forceinline__ void compute(const Job& job, Sums& dk, Sums& dv) {
+    if constexpr (C::kTurns) return compute_turns(job, dk, dv);
     BwdTile tile = await_tile(job, tiles);
     if (tile.kept(group)) {
       compute_tile<false>(job, tile, dk, dv);
@@ -197,14 +229,9 @@ struct BwdComputer : BwdGroup<C, T> {
 #pragma unroll
       for (int i = 0; i < C::kDim / 2; ++i) dk[i] = dv[i] = 0.f;
       await_keys(job, items);
-      if (found.any_tile) {
-        bias(job).begin();
-        compute(job, dk, dv);
-        bias(job).finish();
-      } else {
-        sync();  // as in skip_tile
-        release(barrier().value.empty[items.stage<C::kValueStages>()]);
-      }
+      bias(job).begin();
+      compute(job, dk, dv);
+      bias(job).finish();
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
       const AttentionBwdParams& params = arguments.params;
       const float f = factor(job);
@@ -213,14 +240,23 @@ struct BwdComputer : BwdGroup<C, T> {
       sync();  // all have read the job
       release(barrier().job.empty[items.stage<kBwdJobs>()]);
     }
-    if (!C::kQuerySums) return;
-    Gate<1>& gate = barrier().sum[group];
-    gate.empty[0].wait(tiles.round<1>() ^ 1);
-    if (thread() == 0) shared.state.sums[group].bytes = -1;
-    arrive_warp(gate.full[0]);
+    if (C::kQuerySums) end_sums();
   }
   // Where the compiler decides, it needs fewer registers without a bias, and local memory with one.
   __device__ void run() { run_inline(); }
+
+  // Tells the adding lanes that nothing follows.
+  __device__ __forceinline__ void end_sums() {
+#pragma unroll 1
+    for (int i = 0; i < (C::kTurns ? C::kSumStages : 1); ++i, tiles.next()) {
+      // Only who used a place last may wait for it: others would mistake an earlier use for that one.
+      if (C::kTurns && Count{tiles.count - C::kSumStages}.stage<C::kGroups>() != group) continue;
+      Gate<1>& gate = barrier().sum[sum_stage(tiles)];
+      gate.empty[0].wait(sum_round(tiles) ^ 1);
+      if (thread() == 0) shared.state.sums[sum_stage(tiles)].bytes = -1;
+      arrive_warp(gate.full[0]);
+    }
+  }
 };
 
 // ---- kernel and launch ----

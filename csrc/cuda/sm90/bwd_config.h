@@ -6,21 +6,21 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// A block of threads owns kKeys keys of one head and walks tiles of kQueries queries. Two warpgroups compute:
+// A block of threads owns kKeys keys of one head and walks tiles of kQueries queries. Two or three warpgroups compute:
 //
 //   kSplitKeys   each has 64 of the keys, and their dK and dV
 //   otherwise    (dK and dV of 64 keys are more than a warpgroup can hold) both have all 64 keys, the first one P and
 //                dV, the second one dS and dK
 //
 // Where kQuerySums, they find dQ, too, which is added up in global memory: each has 64 of the queries or, of 64
-// queries, half of the columns. One more warpgroup feeds them.
+// queries, half of the columns; or each has every third tile's (kTurns). One more warpgroup feeds them.
 template <int kDim_, bool kQuerySums_, int kQueries_, int kKeyStages_, int kValueStages_, int kQueryStages_,
-          int kGradStages_, class Bias_ = NoBias>
+          int kGradStages_, class Bias_ = NoBias, int kGroups_ = 2>
 struct BwdShape {
   using Bias = Bias_;
   static constexpr int kDim = kDim_, kQueries = kQueries_;
   static constexpr bool kQuerySums = kQuerySums_, kSplitKeys = kDim <= 128;
-  static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1), kKeys = kSplitKeys ? 128 : 64;
+  static constexpr int kGroups = kGroups_, kThreads = 128 * (kGroups + 1), kKeys = kSplitKeys ? 64 * kGroups : 64;
   static constexpr int kKeyStages = kKeyStages_, kValueStages = kValueStages_;    // items
   static constexpr int kQueryStages = kQueryStages_, kGradStages = kGradStages_;  // tiles of queries and of dO
   static constexpr int kPanels = kDim / kPanel, kKeyBytes = kKeys * kDim * 2, kQueryBytes = kQueries * kDim * 2;
@@ -28,21 +28,27 @@ struct BwdShape {
   static constexpr int kScoreStages = 2, kScoreBytes = kQuerySums ? kKeys * kQueries * 2 : 0;  // dS
   static constexpr int kSlopeStages = kSplitKeys ? 0 : 2, kSlopeBytes = kKeys * kQueries * 2;
   static constexpr bool kSplitQueries = kQueries == 128;
-  static constexpr int kSumBytes = kQuerySums ? 64 * kPanel * 4 : 0;  // of dQ on its way out, a warpgroup
+  static constexpr bool kTurns = kGroups == 3;
+  static constexpr int kSumStages = 2;                                // of dQ on its way out
+  static constexpr int kSumBytes = kQuerySums ? 64 * kPanel * 4 : 0;  // each
   static constexpr int kBiasBytes = std::is_same_v<Bias, RelativeBias> ? BwdBiasPlan<kQueries>::kBytes : 0;
   static constexpr int kSharedBytes = (kKeyStages + kValueStages) * kKeyBytes +
                                       (kQueryStages + kGradStages) * kQueryBytes + kScoreStages * kScoreBytes +
-                                      kSlopeStages * kSlopeBytes + kGroups * kSumBytes + kBiasBytes + 1024;
-  static constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
+                                      kSlopeStages * kSlopeBytes + kSumStages * kSumBytes + kBiasBytes + 1024;
+  static constexpr int kClaimTiles = kTurns ? 2 : 1;  // left of an item when the next one is claimed
+  // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
+  static constexpr int kLoadRegisters = kGroups == 2 ? 40 : 32, kComputeRegisters = kGroups == 2 ? 232 : 160;
   static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(kQueries == 64 || kQueries == 128, "one or two panels of dS");
-  static_assert(!kQuerySums || kDim == (kSplitQueries ? kPanel : 2 * kPanel), "64 columns of dQ a warpgroup");
+  static_assert(!kQuerySums || kDim == (kSplitQueries || kTurns ? kPanel : 2 * kPanel), "64 columns of dQ a warpgroup");
 };
 
 template <int kDim, bool kQuerySums>
 struct BwdConfig;
 template <bool kQuerySums>
 struct BwdConfig<64, kQuerySums> : BwdShape<64, kQuerySums, 128, 2, 2, 2, 2> {};
+template <>
+struct BwdConfig<64, true> : BwdShape<64, true, 64, 2, 2, 3, 3, NoBias, 3> {};
 template <bool kQuerySums>
 struct BwdConfig<128, kQuerySums> : BwdShape<128, kQuerySums, 64, 2, 1, 2, 2> {};
 // With a bias, whose scratch takes the place of keys loaded ahead.

@@ -20,8 +20,7 @@ struct BwdGroup {
   using Sums = float[C::kDim / 2];
   using Part = Accumulator<1, 8>;  // of the tile's queries: what the mask works on at a time
   struct Bits {
-    unsigned
-        words[C::kQueries / 64];  // a lane: what the warp's 16 keys have of query `lane` and, above, of the 32nd on
+    unsigned words[C::kQueries / 64];  // a bit for each of a lane's values of a part: is it kept
   };
 
   const BwdArguments& arguments;
@@ -102,22 +101,29 @@ struct BwdGroup {
     sync();
   }
 
-  // What this warp's keys have of the tile's queries: worked out before accumulators fill the registers.
+  // What is kept of a tile: worked out before accumulators fill the registers.
   __device__ __forceinline__ Bits keep_bits(const Job& job, BwdTile tile) const {
     const int row = job.sequence.first_row + tile.tile() * C::kQueries, col = job.item.block * C::kKeys + warp_key();
     Bits bits;
 #pragma unroll
     for (int i = 0; i < C::kQueries / 64; ++i) {
       const ColumnBits<8> b(job.sequence.mask, row + i * 64, job.sequence.mask.len, col);
-      bits.words[i] = __byte_perm(b.words[0], b.words[1], 0x5410);
+      bits.words[i] = 0;
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const unsigned mine = __shfl_sync(~0u, b.words[n / 4], n % 4 * 8 + lane_col() + c) >> lane_row();
+          bits.words[i] |= ((mine & 1) | (mine >> 6 & 4)) << (n * 4 + c);
+        }
     }
     return bits;
   }
 
-  __device__ static __forceinline__ ColumnBits<8> part_of(const Bits& bits, int part) {
-    ColumnBits<8> b;
-    b.words[0] = bits.words[part], b.words[1] = bits.words[part] >> 16;
-    return b;
+  __device__ static __forceinline__ void mask_part(unsigned kept, Part& a, Part& b) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      if (!(kept >> i & 1)) a.x[0][i / 4][i % 4] = b.x[0][i / 4][i % 4] = 0.f;
   }
 
   // P' and dS' of the tile, out of S' and dP', as operands. slots(): see BwdBias::sum.
@@ -132,7 +138,7 @@ struct BwdGroup {
       Score<T>::differentiate(u, g);
       if (!tile.covered(group)) {
         bias(job).get_bits(bits);
-        mask_columns(part_of(bits, i), u, g);
+        mask_part(bits.words[i], u, g);
       }
       if (per_row) apply_row_scale(job, tile.tile() * C::kQueries + i * 64, u, g);
       round(u, p, i * 4);

@@ -12,11 +12,13 @@ class BwdTile {
   BwdTile() = default;
   __device__ explicit BwdTile(int tile) : code_(tile << 8) {}
 
-  __device__ void set_group(int group, bool kept, bool covered) { code_ |= (kept | covered << 1) << 2 * group; }
+  // A bit for each group.
+  __device__ void set_kept(unsigned groups) { code_ |= groups; }
+  __device__ void set_covered(unsigned groups) { code_ |= groups << 3; }
   __device__ void set_last() { code_ |= 128; }
   __device__ int tile() const { return code_ >> 8; }
-  __device__ bool kept(int group) const { return code_ >> 2 * group & 1; }
-  __device__ bool covered(int group) const { return code_ >> 2 * group & 2; }
+  __device__ bool kept(int group) const { return code_ >> group & 1; }
+  __device__ bool covered(int group) const { return code_ >> group & 8; }
   __device__ bool last() const { return code_ & 128; }
   __device__ bool visited() const { return code_ & 127; }
   __device__ BwdTile of_lane(int lane) const {
@@ -32,10 +34,14 @@ class BwdTile {
 // An item, found by one warp for all others.
 struct BwdJob {
   Job job;
-  bool more;                // false: the block is done
-  bool any_tile;            // false: nothing keeps the item's keys
-  bool rising;              // the times of its queries do not fall
-  BwdTile first_tiles[32];  // the item's first tiles, visited or not
+  bool more;    // false: the block is done
+  bool rising;  // the times of its queries do not fall
+};
+
+// 32 tiles in a row of an item, found by that warp for the one that loads them.
+struct TilePart {
+  BwdTile tiles[32];  // visited or not
+  bool last;          // of the item
 };
 
 // Tile `index` as the item's keys see it.
@@ -45,45 +51,21 @@ __device__ BwdTile classify_queries(const Job& job, int index) {
   BwdTile tile(index);
   if (index * C::kQueries >= s.num_q) return tile;
   const int m0 = s.first_row + index * C::kQueries, m1 = m0 + C::kQueries;
-#pragma unroll 1
-  for (int group = 0; group < C::kGroups; ++group) {
-    const int n0 = job.item.block * C::kKeys + (C::kSplitKeys ? group * 64 : 0), n1 = n0 + 64;
-    tile.set_group(group, s.mask.touches(m0, m1, n0, min_int(n1, s.mask.len)), s.mask.covers(m0, m1, n0, n1));
-  }
+  const int n0 = job.item.block * C::kKeys;
+  const auto each = [&](auto&& holds) {
+    unsigned groups = 0;
+#pragma unroll
+    for (int group = 0; group < C::kGroups; ++group) {
+      const int n = n0 + (C::kSplitKeys ? group * 64 : 0);
+      groups |= holds(n, n + 64) << group;
+    }
+    return groups;
+  };
+  const RowSpans some = s.mask.rows(m0, m1);
+  tile.set_kept(each([&](int a, int b) { return some.meets(a, min_int(b, s.mask.len)); }));
+  const RowSpans all = s.mask.common(m0, m1);
+  tile.set_covered(each([&](int a, int b) { return all.covers(a, b); }));
   return tile;
 }
-
-// The tiles of queries an item visits, in order; 32 are classified at once, one a lane.
-template <class C>
-class BwdWalk {
- public:
-  __device__ explicit BwdWalk(const BwdJob& job) : job_(job.job), mine_(job.first_tiles[lane_id()]) {
-    visited_ = __ballot_sync(~0u, mine_.visited());
-    skip_unvisited();
-  }
-
-  // False: no more.
-  __device__ __forceinline__ bool next(BwdTile& tile) {
-    if (visited_ == 0) return false;
-    tile = mine_.of_lane(__ffs(visited_) - 1);
-    visited_ &= visited_ - 1;
-    skip_unvisited();
-    if (visited_ == 0) tile.set_last();
-    return true;
-  }
-
- private:
-  __device__ void skip_unvisited() {
-    for (; visited_ == 0 && upcoming_ * C::kQueries < job_.sequence.num_q; upcoming_ += 32) {
-      mine_ = classify_queries<C>(job_, upcoming_ + lane_id());
-      visited_ = __ballot_sync(~0u, mine_.visited());
-    }
-  }
-
-  const Job& job_;
-  BwdTile mine_;
-  int upcoming_ = 32;
-  unsigned visited_ = 0;
-};
 
 }  // namespace hstu_ops::cuda::sm90

@@ -28,32 +28,46 @@ __device__ inline void check_times(const AttentionProblem& problem, BwdJob& job)
   if (lane_id() == 0) job.rising = rising;
 }
 
+// Classifies an item's tiles, 32 at once, and hands them over.
+template <class C, class T>
+__device__ __forceinline__ void find_tiles(const BwdStorage<C, T>& shared, const Job& job, Count& parts) {
+  Gate<kBwdParts>& gate = shared.state.barrier.part;
+  bool last = false;
+#pragma unroll 1
+  for (int first = 0; !last; first += 32, parts.next()) {
+    gate.empty[parts.stage<kBwdParts>()].wait(parts.round<kBwdParts>() ^ 1);
+    TilePart& part = shared.state.parts[parts.stage<kBwdParts>()];
+    part.tiles[lane_id()] = classify_queries<C>(job, first + lane_id());
+    last = (first + 32) * C::kQueries >= job.sequence.num_q;
+    if (lane_id() == 0) part.last = last;
+    __syncwarp();
+    if (lane_id() == 0) gate.full[parts.stage<kBwdParts>()].arrive();
+  }
+}
+
 template <class C, class T>
 __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
   const AttentionProblem& problem = arguments.params.problem;
-  Gate<kBwdJobs>& gate = shared.state.barrier.job;
-  bool first = true, more = true;
+  BwdState<C>& state = shared.state;
+  Count parts;
 #pragma unroll 1
-  for (Count found; more; found.next()) {
-    BwdJob& job = shared.state.jobs[found.stage<kBwdJobs>()];
-    gate.empty[found.stage<kBwdJobs>()].wait(found.round<kBwdJobs>() ^ 1);
-    const WorkItem item = find_work_inline<C::kKeys, true>(arguments.schedule, arguments.tickets.take(first));
-    first = false, more = item.block >= 0;
+  for (Count found;; found.next()) {
+    state.barrier.job.empty[found.stage<kBwdJobs>()].wait(found.round<kBwdJobs>() ^ 1);
+    if (found.count > 0) state.barrier.wanted.wait(found.before().round<1>());
+    const WorkItem item =
+        find_work_inline<C::kKeys, true>(arguments.schedule, arguments.tickets.take(found.count == 0));
+    BwdJob& job = state.jobs[found.stage<kBwdJobs>()];
+    const bool more = item.block >= 0;
     if (lane_id() == 0) {
       job.more = more;
       if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
     }
     __syncwarp();
-    if (more) {
-      job.first_tiles[lane_id()] = classify_queries<C>(job.job, lane_id());
-      __syncwarp();
-      BwdTile any;
-      const bool any_tile = BwdWalk<C>(job).next(any);
-      if (lane_id() == 0) job.any_tile = any_tile;
-      if constexpr (std::is_same_v<typename C::Bias, RelativeBias>) check_times(problem, job);
-    }
-    __syncwarp();
-    if (lane_id() == 0) gate.full[found.stage<kBwdJobs>()].arrive();
+    if constexpr (std::is_same_v<typename C::Bias, RelativeBias>)
+      if (more) check_times(problem, job);
+    if (lane_id() == 0) state.barrier.job.full[found.stage<kBwdJobs>()].arrive();
+    if (!more) break;
+    find_tiles(shared, job.job, parts);
   }
   if (lane_id() == 0) arguments.tickets.close();
 }
@@ -64,7 +78,7 @@ template <class C, class T>
 struct BwdLoader {
   const BwdArguments& arguments;
   const BwdStorage<C, T>& shared;
-  Count items, tiles;  // so far
+  Count items, tiles, parts;  // so far
 
   // Panels of `rows` rows from `row` on.
   __device__ void load(const CUtensorMap& map, ptx::Mbarrier& full, uint32_t to, int rows, int head, int row) const {
@@ -101,17 +115,47 @@ struct BwdLoader {
            shared.value_panel(items.stage<C::kValueStages>(), 0).base, C::kKeys, head, row);
   }
 
+  // The next item is claimed only now, near the end of this one: whoever is ahead takes more.
+  __device__ void want_item() const {
+    if (lane_id() == 0) shared.state.barrier.wanted.arrive();
+  }
+
+  __device__ void load_item(const Job& job) {
+    BwdState<C>& state = shared.state;
+    BwdTile tile, mine;
+    unsigned left = 0;  // of the part's tiles: a bit each
+    bool last = false, pending = false, keys = false, wanted = false;
+#pragma unroll 1
+    for (;;) {
+      while (left == 0 && !last) {
+        const int stage = parts.stage<kBwdParts>();
+        state.barrier.part.full[stage].wait(parts.round<kBwdParts>());
+        mine = state.parts[stage].tiles[lane_id()], last = state.parts[stage].last;
+        left = __ballot_sync(~0u, mine.visited());
+        __syncwarp();
+        if (lane_id() == 0) state.barrier.part.empty[stage].arrive();
+        parts.next();
+      }
+      if (!wanted && last && __popc(left) <= C::kClaimTiles) want_item(), wanted = true;
+      if (!pending && left == 0)
+        tile = BwdTile(0), pending = true;  // an item has a tile, even if nothing of it is kept
+      if (pending) {                        // by now it is known whether it is the last
+        if (left == 0) tile.set_last();
+        load_queries(job, tile);
+        if (!keys) load_keys(job), keys = true;  // their stage is free later than that of queries
+      }
+      if (left == 0) return;
+      tile = mine.of_lane(__ffs(left) - 1), left &= left - 1, pending = true;
+    }
+  }
+
   __device__ void run() {
     Gate<kBwdJobs>& gate = shared.state.barrier.job;
     for (;; items.next()) {
       gate.full[items.stage<kBwdJobs>()].wait(items.round<kBwdJobs>());
       const BwdJob& job = shared.state.jobs[items.stage<kBwdJobs>()];
       if (!job.more) return;
-      BwdWalk<C> walk(job);
-      BwdTile tile;
-      if (walk.next(tile)) load_queries(job.job, tile);  // ahead of the keys, whose stage is free later
-      load_keys(job.job);
-      while (walk.next(tile)) load_queries(job.job, tile);
+      load_item(job.job);
       __syncwarp();
       if (lane_id() == 0) gate.empty[items.stage<kBwdJobs>()].arrive();
     }

@@ -46,6 +46,7 @@ constexpr int kBwdQueriesItems = 3;  // the item in work and the next two
 
 template <class C>
 struct BwdQueriesState {
+  ptx::Mbarrier wanted;
   Gate<kBwdQueriesItems> item;
   Gate<1> query;
   Gate<C::kKeyStages> key;
@@ -53,7 +54,7 @@ struct BwdQueriesState {
   FwdItem<C> items[kBwdQueriesItems];
 
   __device__ void init() {
-    item.init(1, C::kGroups + 1);
+    wanted.init(1), item.init(1, C::kGroups + 1);
     query.init(1, C::kGroups), key.init(1, C::kGroups), value.init(1, C::kGroups);
     ptx::fence_mbarrier_init();
   }
@@ -81,9 +82,11 @@ __device__ void find_query_items(const BwdQueriesArguments& arguments, const Bwd
   const AttentionProblem& problem = arguments.params.problem;
   WorkFinder<C::kRows, false> finder(arguments.schedule);
   bool first = true, more = true;
+  unsigned wanted = 0;
   for (Ring<kBwdQueriesItems> at; more; at.next()) {
     FwdItem<C>& job = shared.state.items[at.stage];
     shared.state.item.empty[at.stage].wait(at.round ^ 1);
+    if (!first) shared.state.wanted.wait(wanted), wanted ^= 1;
     const int64_t ticket = arguments.tickets.take(first);
     const WorkItem item = finder.find(ticket);
     first = false, more = item.block >= 0;
@@ -127,16 +130,24 @@ struct BwdQueriesLoader {
     load<C::kCols>(map, gate.full[stage], to, head, row);
   }
 
+  // The next item is claimed only now, near the end of this one: whoever is ahead takes more.
+  __device__ void want_item() const {
+    if (lane_id() == 0) shared.state.wanted.arrive();
+  }
+
   __device__ void load_item(const FwdItem<C>& item) {
     const TileSpans walk = item.tiles();
     const int head = item.job.item.head, begin = static_cast<int>(item.job.sequence.begin_kv);
     bool queries = false;
+    int left = walk.size();
+    if (left <= C::kClaimTiles) want_item();
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       const int row = begin + tile * C::kCols;
       load_tile(arguments.k, shared.state.key, shared.key(tiles), head, row);
       if (!queries) load_queries(item), queries = true;  // behind keys, which need not wait for the item before
       load_tile(arguments.v, shared.state.value, shared.value(tiles), head, row);
       tiles.next();
+      if (--left == C::kClaimTiles) want_item();
     }
     if (!queries) load_queries(item);
   }

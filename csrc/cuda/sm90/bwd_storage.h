@@ -3,8 +3,10 @@
 // Barriers, each with the arrivals that complete it:
 //
 //   job_full    the finding warp               job_empty    each computing warpgroup, and the loading warp
+//   part_full   the finding warp               part_empty   the loading warp
+//   wanted      the loading warp, near the end of an item: the next may be claimed
 //   key_full    the loading lane, the bytes    key_empty    each computing warpgroup; value_*, query_*, grad_* likewise
-//   score_full  each warp that writes dS       score_empty  each computing warpgroup
+//   score_full  each warp that writes dS       score_empty  each computing warpgroup, or the one whose turn it is
 //   slope_full  each warp that writes slopes   slope_empty  each warp that reads them
 //   sum_full    each warp of the warpgroup     sum_empty    the lane that adds to global memory
 #pragma once
@@ -15,7 +17,9 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-constexpr int kBwdJobs = 2;  // an item and the next: taking more ahead would leave others idle in the end
+constexpr int kBwdJobs = 2;  // an item and the next
+
+constexpr int kBwdParts = 2;  // 32 tiles each, found ahead
 
 // Tiles remembered: those in flight, and the one whose dQ is due.
 constexpr int kBwdTiles = 4;
@@ -23,19 +27,21 @@ constexpr int kBwdTiles = 4;
 template <class C>
 struct BwdBarriers {
   Gate<kBwdJobs> job;
+  Gate<kBwdParts> part;
+  ptx::Mbarrier wanted;
   Gate<C::kKeyStages> key;
   Gate<C::kValueStages> value;
   Gate<C::kQueryStages> query;
   Gate<C::kGradStages> grad;
   Gate<C::kScoreStages> score;
   Gate<2> slope;
-  Gate<1> sum[C::kGroups];
+  Gate<1> sum[C::kSumStages];
 
   __device__ void init() {
-    job.init(1, C::kGroups + 1);
+    job.init(1, C::kGroups + 1), part.init(1, 1), wanted.init(1);
     key.init(1, C::kGroups), value.init(1, C::kGroups);
     query.init(1, C::kGroups), grad.init(1, C::kGroups);
-    score.init(C::kSplitKeys ? 8 : 4, C::kGroups);
+    score.init(C::kSplitKeys ? 4 * C::kGroups : 4, C::kTurns ? 1 : C::kGroups);
     slope.init(4, 4);
     for (Gate<1>& s : sum) s.init(4, 1);
     ptx::fence_mbarrier_init();
@@ -52,8 +58,9 @@ template <class C>
 struct BwdState {
   BwdBarriers<C> barrier;
   BwdJob jobs[kBwdJobs];
+  TilePart parts[kBwdParts];
   BwdTile tiles[kBwdTiles];
-  SumJob sums[C::kGroups];
+  SumJob sums[C::kSumStages];
 };
 
 template <class C, class T>
@@ -67,7 +74,7 @@ struct BwdStorage {
                        kGrads = kQueries + C::kQueryStages * C::kQueryBytes,
                        kScores = kGrads + C::kGradStages * C::kQueryBytes,
                        kSlopes = kScores + C::kScoreStages * C::kScoreBytes,
-                       kSums = kSlopes + C::kSlopeStages * C::kSlopeBytes, kBias = kSums + C::kGroups * C::kSumBytes;
+                       kSums = kSlopes + C::kSlopeStages * C::kSlopeBytes, kBias = kSums + C::kSumStages * C::kSumBytes;
 
   __device__ BwdStorage(BwdState<C>& state, const unsigned char* memory) : state(state) {
     base = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
@@ -90,7 +97,7 @@ struct BwdStorage {
   }
   __device__ uint32_t slopes(int stage) const { return base + kSlopes + stage * C::kSlopeBytes; }
   __device__ uint32_t bias() const { return base + kBias; }
-  __device__ uint32_t sums(int group) const { return base + kSums + group * C::kSumBytes; }
+  __device__ uint32_t sums(int stage) const { return base + kSums + stage * C::kSumBytes; }
 };
 
 }  // namespace hstu_ops::cuda::sm90

@@ -2,6 +2,7 @@
 // the next one's loads.
 #pragma once
 
+#include "cuda/ptx/memory.h"
 #include "cuda/tile/load.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -37,7 +38,7 @@ __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int
       T* target = to.data + at * to.row_stride + col;
       const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);
       if (to.aligned && col + 8 <= to.dim) {
-        *reinterpret_cast<uint4*>(target) = chunk;
+        ptx::st_global(target, chunk);
       } else {
         scatter_chunk(target, chunk, to.dim - col);
       }

@@ -41,16 +41,16 @@ __device__ __forceinline__ void put_sums(uint32_t shared, int warp_row, int64_t 
   }
 }
 
-// The lane that adds what one warpgroup puts into shared memory.
+// The lane that adds what waits in place `stage`.
 template <class C, class T>
-__device__ void add_sums(const BwdStorage<C, T>& shared, int group) {
-  Gate<1>& gate = shared.state.barrier.sum[group];
+__device__ void add_sums(const BwdStorage<C, T>& shared, int stage) {
+  Gate<1>& gate = shared.state.barrier.sum[stage];
   for (Ring<1> ring;; ring.next()) {
     gate.full[0].wait(ring.round);
-    const SumJob job = shared.state.sums[group];
+    const SumJob job = shared.state.sums[stage];
     if (job.bytes < 0) break;
     if (job.bytes > 0) {
-      ptx::bulk_add(job.to, shared.sums(group), job.bytes);
+      ptx::bulk_add(job.to, shared.sums(stage), job.bytes);
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
     }
@@ -68,18 +68,18 @@ struct SumsArguments {
   int heads, dim, parts;
 };
 
-// A thread takes 16 columns of a row.
+// A thread takes 16 columns of a row, a block 64 rows; the last rows first, which the L2 may still hold.
 template <class T>
 __global__ void __launch_bounds__(256) convert_sums_kernel(const __grid_constant__ SumsArguments a) {
   ptx::wait_for_prerequisites();
   const bool aligned =
       reinterpret_cast<uintptr_t>(a.to.data) % 16 == 0 && a.to.row_stride % 8 == 0 && a.to.head_stride % 8 == 0;
-  const int64_t count = a.total * a.heads * a.parts * 4, step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
-    const int64_t row = i / 4 % a.total;
-    const int block = static_cast<int>(i % 4), slice = static_cast<int>(i / 4 / a.total), part = slice % a.parts;
+  const int64_t last = (a.total - 1) / 64, slices = a.heads * a.parts, count = (last + 1) * slices;
+  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    const int64_t row = (last - i / slices) * 64 + threadIdx.x / 4;
+    const int block = threadIdx.x % 4, slice = static_cast<int>(i % slices), part = slice % a.parts;
     const int col = part * kPanel + block * 16;
-    if (col >= a.dim) continue;
+    if (col >= a.dim || row >= a.total) continue;
     const float4* from =
         reinterpret_cast<const float4*>(a.sums + sum_row(a.total, a.parts, slice / a.parts, part, row));
     uint32_t low[4], high[4];
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(256) convert_sums_kernel(const __grid_constant
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       if (aligned && col + k * 8 + 8 <= a.dim) {
-        *reinterpret_cast<uint4*>(to + k * 8) = chunks[k];
+        ptx::st_global(to + k * 8, chunks[k]);
       } else {
         scatter_chunk(to + k * 8, chunks[k], a.dim - col - k * 8);
       }
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(256) convert_sums_kernel(const __grid_constant
 
 template <class T>
 Status convert_sums(const SumsArguments& a, int processors, cudaStream_t stream) {
-  const int64_t blocks = (a.total * a.heads * a.parts * 4 + 255) / 256, most = processors * 32;
+  const int64_t blocks = (a.total + 63) / 64 * a.heads * a.parts, most = processors * 32;
   return launch<true>(convert_sums_kernel<T>, a, blocks < most ? blocks : most, 256, 0, stream);
 }
 

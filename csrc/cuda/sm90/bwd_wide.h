@@ -127,12 +127,7 @@ struct BwdHalf : BwdGroup<C, T> {
 #pragma unroll
       for (int i = 0; i < C::kDim / 2; ++i) sums[i] = 0.f;
       await_keys(job, items);
-      if (found.any_tile) {
-        compute(job, sums);
-      } else {
-        sync();  // no product holds the warps together: all must have seen the keys before they are given back
-        release(barrier().value.empty[items.stage<C::kValueStages>()]);
-      }
+      compute(job, sums);
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
       const AttentionBwdParams& params = arguments.params;
       if (kHasValues) {
