@@ -37,6 +37,10 @@ __device__ __forceinline__ void st_shared(uint32_t address, int2 x) {
   asm volatile("st.shared.v2.s32 [%0], {%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
 }
 
+__device__ __forceinline__ void st_shared(uint32_t address, uint2 x) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+
 __device__ __forceinline__ void st_shared(uint32_t address, float4 x) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
@@ -86,6 +90,13 @@ __device__ __forceinline__ int2 ld_shared_int_v2(uint32_t address) {
 
 __device__ __forceinline__ void red_shared_add(uint32_t address, int x) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+// Does nothing for x = 0.
+__device__ __forceinline__ void red_shared_add_nonzero(uint32_t address, int x) {
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %1, 0;\n\t@p red.shared.add.s32 [%0], %1;\n\t}" ::"r"(address),
+               "r"(x)
+               : "memory");
 }
 
 __device__ __forceinline__ void red_shared_min(uint32_t address, int x) {

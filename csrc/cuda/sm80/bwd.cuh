@@ -125,17 +125,22 @@ struct BwdTile {
         warp(), {job.sequence.first_row + tile * C::kQueries, first() + warp_key()}, tile * C::kQueries / C::kStep);
   }
 
-  // Words of a warp's own part of dS' before it is written: scratch for sums.
+  // Words of a warp's own part of dS' before it is written: scratch for its bias.
   struct ScoreSlots {
+    static constexpr int kRowWords = C::kStep * static_cast<int>(sizeof(T)) / 4;
+    static constexpr int kCount = C::kWarpKeys * kRowWords / (kIs16Bit<T> ? 1 : 2);
+    static_assert(kCount >= 64, "a tile of the logarithm's 128 buckets");
+
     SmemTile<T, C::kQueries> ds;
     int row, chunk;
 
-    __device__ uint32_t at(int i) const {
-      return ds.at(row + i % C::kWarpKeys, chunk + i / C::kWarpKeys / 4) + i / C::kWarpKeys % 4 * 4;
+    __device__ uint32_t at(unsigned i) const {
+      return ds.at(row + i / kRowWords, chunk + i % kRowWords / 4) + i % 4 * 4;
     }
-    static constexpr int kCount = C::kWarpKeys * C::kStep * static_cast<int>(sizeof(T)) / 4 / (kIs16Bit<T> ? 1 : 2);
-    static_assert(kCount >= 64, "a tile of the logarithm's 128 buckets");
   };
+  __device__ __forceinline__ ScoreSlots slots(int stage, int step) const {
+    return {shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(), step * static_cast<int>(sizeof(T)) / 16};
+  }
 
   using BiasTile = typename Bias::template Tile<true, C::kM, C::kStep / 8>;
 
@@ -157,11 +162,11 @@ struct BwdTile {
 
   // P' and dS' of queries [step, step + kStep) of a tile and this warp's keys.
   template <bool kRowScale>
-  __device__ __forceinline__ void score(const BiasTile& bias, const TileState& at, int stage, int step, Scores& p,
-                                        Scores& ds) const {
+  __device__ __forceinline__ void score(const BiasTile& bias, const TileState& at, int stage, int step,
+                                        const ScoreSlots& slots, Scores& p, Scores& ds) const {
     const int row = job.sequence.first_row + at.tile() * C::kQueries + step, col = first() + warp_key();
     multiply_rows<T, C::kDim>(p, shared.k, warp_key(), shared.q.stage(stage, C::kQueries), step);
-    bias.add(p, arguments.alpha * Score<T>::kArgument, Score<T>::kArgument);
+    bias.add(p, arguments.alpha * Score<T>::kArgument, Score<T>::kArgument, slots);
     multiply_rows<T, C::kDim>(ds, shared.v, warp_key(), shared.g.stage(stage, C::kQueries), step);
     // Of 0 and 0 come 0 and 0. Where products follow, SiLU and they are one run of instructions behind this branch.
     constexpr bool kMaskFirst = !C::kExchange && std::is_same_v<Bias, NoBias>;
@@ -174,23 +179,16 @@ struct BwdTile {
     if (kRowScale) apply_row_scale(at.tile() * C::kQueries + step, p, ds);
   }
 
-  // Before dS' is written: its place is scratch.
-  __device__ __forceinline__ void sum_bias(const BiasTile& bias, typename Bias::GradState& state, int stage, int step,
-                                           const Scores& ds) const {
-    const ScoreSlots slots{shared.ds.stage(C::kExchange ? 0 : stage, C::kKeys), warp_key(),
-                           step * static_cast<int>(sizeof(T)) / 16};
-    bias.template add_grad<T>(ds, tables(), state, slots);
-  }
-
   // One step of a tile out of registers: dV, dK, and dS' into shared memory.
   template <bool kRowScale>
   __device__ __forceinline__ void compute(const Bias& bias, typename Bias::GradState& state, const TileState& at,
                                           int stage, int step) {
     Scores s, d;
     const BiasTile offsets = bias_tile(bias, at.tile(), step);
-    score<kRowScale>(offsets, at, stage, step, s, d);
+    const ScoreSlots scratch = slots(stage, step);
+    score<kRowScale>(offsets, at, stage, step, scratch, s, d);
     multiply_fragment<T>(dv, Fragment<T, C::kM, C::kStep / 8>(s), shared.g.stage(stage, C::kQueries), step, 0);
-    sum_bias(offsets, state, stage, step, d);
+    offsets.template add_grad<T>(d, tables(), state, scratch);
     const Fragment<T, C::kM, C::kStep / 8> f(d);
     put_accumulator<T>(shared.ds.stage(stage, C::kKeys), warp_key(), step, d, [](int) { return 1.f; });
     multiply_fragment<T>(dk, f, shared.q.stage(stage, C::kQueries), step, 0);
@@ -204,9 +202,10 @@ struct BwdTile {
     Scores s, d;
     prepare(bias, at.tile());
     const BiasTile offsets = bias_tile(bias, at.tile(), step);
-    score<kRowScale>(offsets, at, stage, step, s, d);
+    const ScoreSlots scratch = slots(stage, step);
+    score<kRowScale>(offsets, at, stage, step, scratch, s, d);
     put_accumulator<T>(shared.ds.stage(1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
-    sum_bias(offsets, state, stage, step, d);
+    offsets.template add_grad<T>(d, tables(), state, scratch);
     put_accumulator<T>(shared.ds, warp_key(), step, d, [](int) { return 1.f; });
   }
 

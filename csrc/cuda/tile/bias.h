@@ -40,7 +40,8 @@ struct NoBias {
   template <bool kTransposed, int kM, int kN>
   struct Tile {
     __device__ Tile(const NoBias&, int, TileOrigin, int) {}
-    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float) const {
+    template <class Slots = NoSlots>
+    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float, const Slots& = {}) const {
       s.each([=](float& x, int, int) { x *= alpha; });
     }
     template <class T, class Slots>
@@ -77,7 +78,8 @@ struct DenseBias {
     TileOrigin origin;
 
     __device__ Tile(const DenseBias& bias, int, TileOrigin origin, int) : bias(bias), origin(origin) {}
-    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument) const {
+    template <class Slots = NoSlots>
+    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument, const Slots& = {}) const {
       const int query0 = origin.query + (kTransposed ? lane_col() : lane_row());
       const int key0 = origin.key + (kTransposed ? lane_row() : lane_col());
       const float* corner = bias.data + query0 * bias.row_stride + key0;
@@ -166,7 +168,10 @@ struct RelativeBiasOf {
         for (int c = 0; c < 2; ++c) strip[d][c] = __ldg(from + Lines::offset(d + Lines::kFirst, c));
     }
 
-    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument) const {
+    // slots: scratch of this warp in shared memory until add_grad, the same there; none without gradients.
+    template <class Slots = NoSlots>
+    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument,
+                                        const Slots& slots = {}) const {
       const float shift = argument * weight;
 #pragma unroll
       for (int d = Lines::kFirst; d < kN; ++d)
@@ -185,10 +190,9 @@ struct RelativeBiasOf {
       if (few()) {
         Steps(bias.time, origin.query, origin.key).add(bias.time, note.first(), note.steps(), argument, s);
       } else {
-        Times(bias.time, origin.query, origin.key).add(bias.time, s, argument);
+        Times(bias.time, origin.query, origin.key).add(bias.time, s, argument, slots);
       }
     }
-    // slots: scratch of this warp in shared memory.
     template <class T, class Slots>
     __device__ __forceinline__ void add_grad(const Accumulator<kM, kN>& ds, const BiasGradients& to, GradState& state,
                                              const Slots& slots) const {
@@ -203,6 +207,8 @@ struct RelativeBiasOf {
                                                   TimeWindow& window, const Slots& slots) const {
       // Differences of sums would not be as accurate as fp32 is.
       if (note.steps() != 0 && !(kIs16Bit<T> && few())) {
+        if constexpr (kIs16Bit<T> && !kLines)
+          if (KeptBuckets<kM, kN>().sum(slots, ds, to)) return;
         Times(bias.time, origin.query, origin.key).template add_grad<T>(bias.time, ds, to, slots);
         return;
       }

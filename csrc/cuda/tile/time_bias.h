@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/ptx/memory.h"
+#include "cuda/tile/kept_buckets.h"
 #include "cuda/tile/table_grad.h"
 #include "cuda/tile/time_buckets.h"
 
@@ -81,11 +82,23 @@ struct TileTimes {
     if (kLines && line.start >= 0.f) way = kLine;
   }
 
-  // s += argument * weight[bucket]
-  template <int kM, int kN>
-  __device__ __forceinline__ void add(const TimeTerm& t, Accumulator<kM, kN>& s, float argument) const {
+  // s += argument * weight[bucket]. Buckets found are kept in `slots` for the gradient, if there are any.
+  template <int kM, int kN, class Slots = NoSlots>
+  __device__ __forceinline__ void add(const TimeTerm& t, Accumulator<kM, kN>& s, float argument,
+                                      const Slots& slots = {}) const {
+    constexpr bool kKeep = !kLines && !std::is_same_v<Slots, NoSlots>;
+    using Kept = KeptBuckets<kM, kN>;
     if (way == kSearch) {
       add_searching(t, s, argument);
+      if constexpr (kKeep) Kept::store_nothing(slots);
+    } else if constexpr (kKeep) {
+      Kept kept;
+      int element = 0;
+      each_bucket(t, s, [&](float& x, int at) {
+        x = fmaf(argument, __ldg(t.weight + at), x);
+        kept.put(element++, at - bucket);
+      });
+      kept.store(slots, bucket, last - bucket + 1);
     } else {
       each_bucket(t, s, [&](float& x, int at) { x = fmaf(argument, __ldg(t.weight + at), x); });
     }
@@ -100,6 +113,10 @@ struct TileTimes {
   template <class T, int kM, int kN, class Slots>
   __device__ __forceinline__ void add_grad(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to,
                                            const Slots& slots) const {
+    if constexpr (kIs16Bit<T> && !kLines) {  // what could be counted has been: KeptBuckets
+      add_running(t, ds, to);
+      return;
+    }
     float most = 0.f;
     ds.each([&](float x, int, int) { most = fmaxf(most, fabsf(x)); });
     const unsigned top = __reduce_max_sync(~0u, __float_as_uint(most));
@@ -107,19 +124,26 @@ struct TileTimes {
     if (way != kSearch && last - bucket < kSlots<Slots> && top < 0x7f800000) {
       add_counting<kIs16Bit<T> ? 1 : 2>(t, ds, to, slots, top);
     } else {
-      TimeRun run;
-#pragma unroll 1
-      for (int at = 0; at < kM * kN * 4; ++at) {
-        const int lane = ptx::thread_index() % 32;
-        const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
-        run.turn(to, find(t, kTransposed ? j : i, kTransposed ? i : j));
-        run.sum += ds.pick(at);
-      }
-      run.finish(to);
+      add_running(t, ds, to);
     }
   }
 
  private:
+  // Any buckets, one element at a time.
+  template <int kM, int kN>
+  __device__ __forceinline__ void add_running(const TimeTerm& t, const Accumulator<kM, kN>& ds,
+                                              const TableTarget& to) const {
+    TimeRun run;
+#pragma unroll 1
+    for (int at = 0; at < kM * kN * 4; ++at) {
+      const int lane = ptx::thread_index() % 32;
+      const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
+      run.turn(to, find(t, kTransposed ? j : i, kTransposed ? i : j));
+      run.sum += ds.pick(at);
+    }
+    run.finish(to);
+  }
+
   // f(x, its bucket) for all elements; not for kSearch.
   template <int kM, int kN, class F>
   __device__ __forceinline__ void each_bucket(const TimeTerm& t, Accumulator<kM, kN>& s, F&& f) const {

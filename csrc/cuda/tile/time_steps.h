@@ -13,17 +13,10 @@ struct TimeWindow {
   float sum[2] = {0.f, 0.f};
 
   __device__ __forceinline__ void put(const TableTarget& to, int at, float x) {
-    if (at != bucket && at != bucket + 1) {
-      flush(to, 0);
-      if (at == bucket + 2) {
-        sum[0] = sum[1];
-        ++bucket;
-      } else {
-        flush(to, 1);
-        sum[0] = 0.f;
-        bucket = at;
-      }
-      sum[1] = 0.f;
+#pragma unroll 1
+    for (bool near = true; at != bucket && at != bucket + 1; near = false) {  // a step, then a jump
+      flush(to);
+      bucket = near ? bucket + 1 : at;
     }
     if (at == bucket) {
       sum[0] += x;
@@ -32,16 +25,19 @@ struct TimeWindow {
     }
   }
   __device__ __forceinline__ void finish(const TableTarget& to) {
-    flush(to, 0);
-    flush(to, 1);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i, ++bucket) flush(to);
   }
 
  private:
-  __device__ __forceinline__ void flush(const TableTarget& to, int i) const {
-    float x = sum[i];
+  // The first of the two; the second takes its place.
+  __device__ __forceinline__ void flush(const TableTarget& to) {
+    float x = sum[0];
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    if (lane_id() == 0) to.add(bucket + i, x);
+    if (lane_id() == 0) to.add(bucket, x);
+    sum[0] = sum[1];
+    sum[1] = 0.f;
   }
 };
 
