@@ -235,18 +235,30 @@ struct BwdTile {
     put_accumulator<T>(shared.ds.stage(stage, C::kKeys), warp_key(), 0, zero, [](int) { return 0.f; });
   }
 
-  // In parts of up to 32 sums a lane: dK and dV take most of the registers.
+  // This warp's part of dQ, in steps of up to 32 sums a lane: dK and dV take most of the registers.
+  static constexpr int kSumCols = C::kQueryM * C::kQueryDim / 2 > 32 ? 32 / (C::kQueryM * 4) : C::kQueryDim / 8;
+  using QuerySums = Accumulator<C::kQueryM, kSumCols>;
+
+  __device__ static int query_row() { return warp() / C::kQueryCols * 16 * C::kQueryM; }
+  __device__ static int query_part() { return warp() % C::kQueryCols; }
+  __device__ __forceinline__ QuerySums multiply_dq(int stage, int col) const {
+    QuerySums dq;
+    multiply_columns<T, C::kKeys>(dq, shared.ds.stage(stage, C::kKeys), query_row(), shared.k,
+                                  query_part() * C::kQueryDim + col);
+    return dq;
+  }
+  __device__ __forceinline__ SumRows<C::kQueryDim> sum_rows(int tile) const {
+    const int query = tile * C::kQueries + query_row();
+    return {job.sums + query_part() * job.sums_stride + static_cast<int64_t>(query) * C::kQueryDim,
+            job.sequence.num_q - query, arguments.alpha * Score<T>::kSlope * job.factor};
+  }
   __device__ __forceinline__ void add_dq(int tile, int stage) const {
-    constexpr int kN = C::kQueryM * C::kQueryDim / 8 * 4 > 32 ? 32 / (C::kQueryM * 4) : C::kQueryDim / 8;
-    const int row = warp() / C::kQueryCols * 16 * C::kQueryM, part = warp() % C::kQueryCols;
-    const float f = arguments.alpha * Score<T>::kSlope * job.factor;
-    const int query = tile * C::kQueries + row;
-    float* const to = job.sums + part * job.sums_stride + static_cast<int64_t>(query) * C::kQueryDim;
+    const auto sums = sum_rows(tile);
 #pragma unroll 1
-    for (int col = 0; col < C::kQueryDim; col += kN * 8) {
-      Accumulator<C::kQueryM, kN> dq;
-      multiply_columns<T, C::kKeys>(dq, shared.ds.stage(stage, C::kKeys), row, shared.k, part * C::kQueryDim + col);
-      add_sums<C::kQueryDim>(to + col, job.sequence.num_q - query, dq, f);
+    for (int col = 0; col < C::kQueryDim; col += kSumCols * 8) {
+      const QuerySums dq = multiply_dq(stage, col);
+#pragma unroll
+      for (int part = 0; part < C::kQueryM * kSumCols; ++part) sums.add(dq, part, col);
     }
   }
 
@@ -260,6 +272,28 @@ struct BwdTile {
     turn.wait();
     add_dq(tile, stage);
     turn.pass();
+  }
+
+  template <class AfterV, class AfterK>
+  __device__ __forceinline__ void multiply_keys(int stage, AfterV&& after_v, AfterK&& after_k) {
+    multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries),
+                                   own_col(), after_v);
+    multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col(), after_k);
+  }
+
+  // dQ first: its additions, a few after each step of the other products, do not keep operands waiting.
+  static constexpr int kSteps = C::kQueries / 16, kParts = C::kQueryM * kSumCols / (2 * kSteps);  // a step
+  static constexpr bool kSpread =
+      C::kExchange && kIs16Bit<T> && kSumCols * 8 == C::kQueryDim && kParts * 2 * kSteps == C::kQueryM * kSumCols;
+
+  __device__ __forceinline__ void multiply_spread(int tile, int stage) {
+    const auto sums = sum_rows(tile);
+    const QuerySums dq = multiply_dq(0, 0);
+    const auto add = [&](int step) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) sums.add(dq, step * kParts + i);
+    };
+    multiply_keys(stage, add, [&](int step) { add(kSteps + step); });
   }
 
   template <class Walk>
@@ -306,12 +340,12 @@ struct BwdTile {
       const TileState next = walk.next();
       if (C::kStages == 2 && next.exists()) load_queries(next.tile(), stage ^ kOther);
       ptx::cp_async_commit();
-      if (current.mine()) {
-        multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries),
-                                       own_col());
-        multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col());
+      if (kSpread && current.mine() && !job.ordered) {
+        multiply_spread(current.tile(), stage);
+      } else {
+        if (current.mine()) multiply_keys(stage, Nothing{}, Nothing{});
+        finish_tile(current.tile(), 0);
       }
-      finish_tile(current.tile(), 0);
       if (C::kStages == 1 && next.exists()) {
         __syncthreads();  // this tile's Q and dO are free
         load_queries(next.tile(), 0);

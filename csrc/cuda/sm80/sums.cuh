@@ -30,27 +30,27 @@ __device__ __forceinline__ void read_sums(const float* sums, float (&x)[16]) {
   }
 }
 
-// Adds a warp's rows, times factor, to those from `to` on; only the first `rows` exist.
-template <int kColumns, int kM, int kN>
-__device__ __forceinline__ void add_sums(float* to, int rows, const Accumulator<kM, kN>& dq, float factor) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = m * 16 + h * 8 + lane_row();
-      if (row >= rows) continue;
-      float* const start = to + row * kColumns + (kWideAdds ? 2 : 1) * lane_col();
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        const auto value = [&](int i) { return dq.x[m][n + i / 2][2 * h + i % 2] * factor; };
+// Where a warp adds its rows of a tile, times factor; only the first `rows` exist.
+template <int kColumns>
+struct SumRows {
+  float* to;
+  int rows;
+  float factor;
+
+  // One of the kM * kN parts of dQ, the columns of which lie from `col` on.
+  template <int kM, int kN>
+  __device__ __forceinline__ void add(const Accumulator<kM, kN>& dq, int part, int col = 0) const {
+    const int m = part / kN, h = part / (kN / 2) % 2, n = part % (kN / 2) * 2, row = m * 16 + h * 8 + lane_row();
+    if (row >= rows) return;
+    float* const start = to + col + row * kColumns + (kWideAdds ? 2 : 1) * lane_col();
+    const auto value = [&](int i) { return dq.x[m][n + i / 2][2 * h + i % 2] * factor; };
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        ptx::red_add_v4(start + n * 8, value(0), value(1), value(2), value(3));
+    ptx::red_add_v4(start + n * 8, value(0), value(1), value(2), value(3));
 #else
-        ptx::red_add_v2(start + n * 8, value(0), value(1));
-        ptx::red_add_v2(start + n * 8 + 8, value(2), value(3));
+    ptx::red_add_v2(start + n * 8, value(0), value(1));
+    ptx::red_add_v2(start + n * 8 + 8, value(2), value(3));
 #endif
-      }
-    }
-}
+  }
+};
 
 }  // namespace hstu_ops::cuda::sm80

@@ -142,10 +142,15 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
   }
 }
 
+struct Nothing {
+  __device__ void operator()(int) const {}
+};
+
 // Rows of the left operand run along K, the right one has K rows: acc[i][j] += sum_k a[row_a + i][k] b[k][col_b + j].
-template <class T, int kK, int kM, int kN, class TileA, class TileB>
+// After step k of 16 (8) along K comes between(k).
+template <class T, int kK, int kM, int kN, class TileA, class TileB, class Between = Nothing>
 __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
-                                               int col_b) {
+                                               int col_b, Between&& between = {}) {
   const int lane = lane_id();
   if constexpr (kIs16Bit<T>) {
     const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
@@ -162,6 +167,7 @@ __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const T
 #pragma unroll
         for (int m = 0; m < kM; ++m) mma_step<T, false>(acc, m, n, fa[m], fb);
       }
+      between(k);
     }
   } else if constexpr (std::is_same_v<T, Tf32>) {
     multiply_tiles_tf32<kK>(acc, a, row_a, b, col_b);
@@ -178,6 +184,7 @@ __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const T
           to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
         }
       add_short_sums(acc, fa, b, k8 * 8, col_b);
+      between(k8);
     }
   }
 }
