@@ -4,6 +4,7 @@
 
 #include "core/params.h"
 #include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/tile/layout.h"
 
@@ -161,6 +162,26 @@ __device__ __forceinline__ void store_tile(const Tile& tile, int tile_row, const
 template <class T, int kM, int kN, class Tile, class Factor>
 __device__ __forceinline__ void put_accumulator(const Tile& tile, int row, int col, const Accumulator<kM, kN>& acc,
                                                 Factor&& factor) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kIs16Bit<T> && kN % 2 == 0) {
+    const int lane = lane_id();
+    const Cursor<Tile> to(tile, row + lane % 16, col / 8 + lane / 16);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        uint32_t blocks[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* x = &acc.x[m][n + i / 2][i % 2 * 2];
+          const float f = factor(m * 16 + i % 2 * 8);
+          blocks[i] = pack(x[0] * f, x[1] * f, T{});
+        }
+        ptx::stmatrix_x4(to.at(m * 16, n), blocks);
+      }
+    return;
+  }
+#endif
   const int lane_offset = lane_col() * static_cast<int>(sizeof(T)) % 16;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
