@@ -166,7 +166,12 @@ struct BwdTile {
                                         const ScoreSlots& slots, Scores& p, Scores& ds) const {
     const int row = job.sequence.first_row + at.tile() * C::kQueries + step, col = first() + warp_key();
     multiply_rows<T, C::kDim>(p, shared.k, warp_key(), shared.q.stage(stage, C::kQueries), step);
-    bias.add(p, arguments.alpha * Score<T>::kArgument, Score<T>::kArgument, slots);
+    const float factor = arguments.alpha * Score<T>::kArgument;
+    if constexpr (std::is_same_v<Bias, RelativeBias> && kIs16Bit<T>) {
+      bias.add(p, factor, Score<T>::kArgument, slots);
+    } else {
+      bias.add(p, factor, Score<T>::kArgument);
+    }
     multiply_rows<T, C::kDim>(ds, shared.v, warp_key(), shared.g.stage(stage, C::kQueries), step);
     // Of 0 and 0 come 0 and 0. Where products follow, SiLU and they are one run of instructions behind this branch.
     constexpr bool kMaskFirst = !C::kExchange && std::is_same_v<Bias, NoBias>;
@@ -281,10 +286,11 @@ struct BwdTile {
     multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col(), after_k);
   }
 
-  // dQ first: its additions, a few after each step of the other products, do not keep operands waiting.
+  // dQ first: its additions, a few after each step of the other products, do not keep operands waiting. (With two
+  // blocks an SM those of one fall into products of the other.)
   static constexpr int kSteps = C::kQueries / 16, kParts = C::kQueryM * kSumCols / (2 * kSteps);  // a step
-  static constexpr bool kSpread =
-      C::kExchange && kIs16Bit<T> && kSumCols * 8 == C::kQueryDim && kParts * 2 * kSteps == C::kQueryM * kSumCols;
+  static constexpr bool kSpread = C::kExchange && C::kBlocks == 1 && kIs16Bit<T> && kSumCols * 8 == C::kQueryDim &&
+                                  kParts * 2 * kSteps == C::kQueryM * kSumCols;
 
   __device__ __forceinline__ void multiply_spread(int tile, int stage) {
     const auto sums = sum_rows(tile);

@@ -1,7 +1,6 @@
-// The bias as a template axis. A bias is made per work item, its Tile per tile of one warp:
-//   prepare    looks at the tiles beside one another that a warp works on, many at a time: before the first Tile of
-//   some Tile       begins to load what add needs, so make it before a product add        turns products s into u =
-//   argument * (alpha s + bias) add_grad   sums gradients ds of the bias into its tables
+// The bias as a template axis. A bias is made per work item, its Tile per tile of one warp. prepare() looks at many
+// tiles of a warp at a time, before the first Tile of them; a Tile begins to load what add() needs, so make it before a
+// product; add() turns products s into u = argument * (alpha s + bias); add_grad() sums gradients ds into tables.
 // A tile has queries as rows, or as columns if kTransposed; queries and keys are rows and columns of the mask. Tiles a
 // warp works on differ in their columns: number `tile` is kN * 8 columns from number `tile` - 1.
 #pragma once
@@ -40,8 +39,7 @@ struct NoBias {
   template <bool kTransposed, int kM, int kN>
   struct Tile {
     __device__ Tile(const NoBias&, int, TileOrigin, int) {}
-    template <class Slots = NoSlots>
-    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float, const Slots& = {}) const {
+    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float) const {
       s.each([=](float& x, int, int) { x *= alpha; });
     }
     template <class T, class Slots>
@@ -78,8 +76,7 @@ struct DenseBias {
     TileOrigin origin;
 
     __device__ Tile(const DenseBias& bias, int, TileOrigin origin, int) : bias(bias), origin(origin) {}
-    template <class Slots = NoSlots>
-    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument, const Slots& = {}) const {
+    __device__ __forceinline__ void add(Accumulator<kM, kN>& s, float alpha, float argument) const {
       const int query0 = origin.query + (kTransposed ? lane_col() : lane_row());
       const int key0 = origin.key + (kTransposed ? lane_row() : lane_col());
       const float* corner = bias.data + query0 * bias.row_stride + key0;
@@ -207,8 +204,7 @@ struct RelativeBiasOf {
                                                   TimeWindow& window, const Slots& slots) const {
       // Differences of sums would not be as accurate as fp32 is.
       if (note.steps() != 0 && !(kIs16Bit<T> && few())) {
-        if constexpr (kIs16Bit<T> && !kLines)
-          if (KeptBuckets<kM, kN>().sum(slots, ds, to)) return;
+        if (Times::template add_kept<T>(ds, to, slots)) return;
         Times(bias.time, origin.query, origin.key).template add_grad<T>(bias.time, ds, to, slots);
         return;
       }

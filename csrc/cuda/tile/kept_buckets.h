@@ -42,9 +42,9 @@ class KeptBuckets {
     if (lane_id() == 0) ptx::st_shared(slots.at(kWords * 32), uint2{});
   }
 
-  // Adds the sums of ds by bucket; false: nothing is kept. Sums are integers, scaled to 20 bits below the largest value,
-  // which shared memory adds at full speed and in any order to the same result. There are several sums of a bucket, as
-  // many as there is room for, because lanes that add to the same one wait for each other.
+  // Adds the sums of ds by bucket; false: nothing is kept. Sums are integers, scaled to 20 bits below the largest
+  // value, which shared memory adds at full speed and in any order to the same result. There are several sums of a
+  // bucket, as many as there is room for, because lanes that add to the same one wait for each other.
   template <class Slots>
   __device__ __forceinline__ bool sum(const Slots& slots, const Accumulator<kM, kN>& ds, const TableTarget& to) {
     static_assert(kElements <= 32, "sums of 1024 values of 20 bits fit");

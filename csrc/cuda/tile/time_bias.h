@@ -109,6 +109,13 @@ struct TileTimes {
     return t.search(time_gap(t.query_time(query + i), t.key_time(key + j)), bucket, last);
   }
 
+  // Adds ds to a table, if `add` has kept its buckets; else false.
+  template <class T, int kM, int kN, class Slots>
+  __device__ static __forceinline__ bool add_kept(const Accumulator<kM, kN>& ds, const TableTarget& to,
+                                                  const Slots& slots) {
+    if constexpr (kIs16Bit<T> && !kLines) return KeptBuckets<kM, kN>().sum(slots, ds, to);
+    return false;
+  }
   // Adds ds to a table.
   template <class T, int kM, int kN, class Slots>
   __device__ __forceinline__ void add_grad(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to,
