@@ -279,27 +279,29 @@ struct BwdTile {
     turn.pass();
   }
 
-  template <class AfterV, class AfterK>
-  __device__ __forceinline__ void multiply_keys(int stage, AfterV&& after_v, AfterK&& after_k) {
+  __device__ __forceinline__ void multiply_dv(int stage) {
     multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries),
-                                   own_col(), after_v);
-    multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col(), after_k);
+                                   own_col());
+  }
+  template <class Between>
+  __device__ __forceinline__ void multiply_dk(int stage, Between&& between) {
+    multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col(), between);
   }
 
-  // dQ first: its additions, a few after each step of the other products, do not keep operands waiting. (With two
+  // dQ before dK: additions, a few after each step of dK, do not keep operands waiting as all at once do. (With two
   // blocks an SM those of one fall into products of the other.)
-  static constexpr int kSteps = C::kQueries / 16, kParts = C::kQueryM * kSumCols / (2 * kSteps);  // a step
+  static constexpr int kParts = C::kQueryM * kSumCols * 16 / C::kQueries;  // a step
   static constexpr bool kSpread = C::kExchange && C::kBlocks == 1 && kIs16Bit<T> && kSumCols * 8 == C::kQueryDim &&
-                                  kParts * 2 * kSteps == C::kQueryM * kSumCols;
+                                  kParts * C::kQueries == C::kQueryM * kSumCols * 16;
 
   __device__ __forceinline__ void multiply_spread(int tile, int stage) {
+    multiply_dv(stage);
     const auto sums = sum_rows(tile);
     const QuerySums dq = multiply_dq(0, 0);
-    const auto add = [&](int step) {
+    multiply_dk(stage, [&](int step) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) sums.add(dq, step * kParts + i);
-    };
-    multiply_keys(stage, add, [&](int step) { add(kSteps + step); });
+    });
   }
 
   template <class Walk>
@@ -349,7 +351,10 @@ struct BwdTile {
       if (kSpread && current.mine() && !job.ordered) {
         multiply_spread(current.tile(), stage);
       } else {
-        if (current.mine()) multiply_keys(stage, Nothing{}, Nothing{});
+        if (current.mine()) {
+          multiply_dv(stage);
+          multiply_dk(stage, Nothing{});
+        }
         finish_tile(current.tile(), 0);
       }
       if (C::kStages == 1 && next.exists()) {
