@@ -176,7 +176,7 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
 // Of short sequences with narrow heads and few buckets, the Hopper forward spends longer on the bias than on the rest.
 bool portable_is_faster(const AttentionProblem& a) {
   const RelativeBiasParams& r = a.relative;
-  return r.time_weight && r.num_boundaries < 512 && head_dim(a) <= 64 && a.jagged.total_kv < 2048 * a.jagged.batch;
+  return r.time_weight && r.num_boundaries < 512 && head_dim(a) <= 64 && a.jagged.total_kv < 1024 * a.jagged.batch;
 }
 
 // Of narrow heads, the Hopper backward spends longer on the bias than on the rest.

@@ -13,6 +13,14 @@ __device__ __forceinline__ int thread_index() {
   return x;
 }
 
+// A value that is the same in all lanes: branches on it keep a warp together, which the compiler cannot know otherwise.
+// Worked out here, not where it is used.
+__device__ __forceinline__ int uniform(int x) {
+  int y;
+  asm volatile("shfl.sync.idx.b32 %0, %1, 0, 0x1f, 0xffffffff;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // As an instruction that is not repeated: left to the compiler, an address may be computed again at each use.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   uint32_t address;

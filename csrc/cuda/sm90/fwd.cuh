@@ -137,8 +137,8 @@ struct FwdComputer {
   const FwdStorage<C, T>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
   Ring<C::kStages> ring;
-  unsigned bias_count = 0;  // tiles so far
-  unsigned parity = 0;      // of the item's number
+  Ring<C::kBiasStages> bias_ring;
+  unsigned parity = 0;  // of the item's number
 
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ int warp_row() const { return group * 64 + thread() / 32 * 16; }
@@ -221,9 +221,6 @@ struct FwdComputer {
     return {warp_row() / 16, item.job.sequence.first_row + item.first + warp_row(), tile * C::kCols,
             item.times + warp_row(), shared.staging + warp_row() * 128};
   }
-  __device__ __forceinline__ TileBias<C> make_bias(const FwdItem<C>& item, int tile) const {
-    return {shared.bias_stage(bias_count % C::kBiasStages), shared.bias_tables(), bias_place(item, tile)};
-  }
 
   __device__ __forceinline__ void activate(Scores& s, const FwdItem<C>& item, int at, TileBias<C>& bias,
                                            bool covered) const {
@@ -244,20 +241,20 @@ struct FwdComputer {
       for (int e = 0; e < 4; ++e) p[i][e] = pack(s[i * 8 + e * 2], s[i * 8 + e * 2 + 1], T{});
   }
 
-  // And what was prepared of the bias.
-  __device__ __forceinline__ void await_keys() const {
-    shared.barrier.key_full[ring.stage].wait(ring.round);
-    if constexpr (C::kPreparers > 0)
-      shared.barrier.bias_full[bias_count % C::kBiasStages].wait(bias_count / C::kBiasStages % 2);
+  __device__ __forceinline__ void await_keys() const { shared.barrier.key_full[ring.stage].wait(ring.round); }
+  // What was prepared of the bias.
+  __device__ __forceinline__ TileBias<C> await_bias(const FwdItem<C>& item, int tile) const {
+    if constexpr (C::kPreparers > 0) shared.barrier.bias_full[bias_ring.stage].wait(bias_ring.round);
+    return {shared.bias_stage(bias_ring.stage), shared.bias_tables(), bias_place(item, tile)};
   }
-  // The values of a tile are used up, and its bias, which is number `count`.
-  __device__ __forceinline__ void release_values(int stage, unsigned count) const {
+  // The values of a tile are used up, and its bias.
+  __device__ __forceinline__ void release_values(int stage, int bias_stage) const {
     release(shared.barrier.value_empty[stage]);
-    if constexpr (C::kPreparers > 0) release(shared.barrier.bias_empty[count % C::kBiasStages]);
+    if constexpr (C::kPreparers > 0) release(shared.barrier.bias_empty[bias_stage]);
   }
   __device__ __forceinline__ void advance() {
     ring.next();
-    if constexpr (C::kPreparers > 0) ++bias_count;
+    if constexpr (C::kPreparers > 0) bias_ring.next();
   }
 
   // The keys of a tile are used up; after the last tile the queries are, too.
@@ -270,10 +267,11 @@ struct FwdComputer {
   // their stage.
   __device__ __forceinline__ void skip_tile() {
     await_keys();
+    if constexpr (C::kPreparers > 0) shared.barrier.bias_full[bias_ring.stage].wait(bias_ring.round);
     shared.barrier.value_full[ring.stage].wait(ring.round);
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
     release(shared.barrier.key_empty[ring.stage]);
-    release_values(ring.stage, bias_count);
+    release_values(ring.stage, bias_ring.stage);
     advance();
   }
 
@@ -284,8 +282,9 @@ struct FwdComputer {
     Weights p;
     bool covered = tiles.covers(tile);
     await_keys();
+    TileBias<C> bias = await_bias(item, tile);
     multiply_keys(q, s);
-    TileBias<C> bias = make_bias(item, tile);
+    bias.load(Score<T>::kArgument);
     ptx::wgmma_wait<0>();
     release_keys(tiles, tile);
     activate(s, item, tile, bias, covered);
@@ -295,14 +294,15 @@ struct FwdComputer {
     for (++tile; tile < end; ++tile) {
       covered = tiles.covers(tile);
       await_keys();
+      TileBias<C> bias = await_bias(item, tile);
       multiply_keys(q, s);
       multiply_values(out, p, C::kCols, current);
-      TileBias<C> bias = make_bias(item, tile);
+      bias.load(Score<T>::kArgument);
       ptx::wgmma_wait<1>();
       release_keys(tiles, tile);
       activate(s, item, tile, bias, covered);
       ptx::wgmma_wait<0>();
-      release_values(current.stage, bias_count - 1);
+      release_values(current.stage, bias_ring.before());
       round(s, p);
       current = ring;
       advance();
@@ -310,13 +310,14 @@ struct FwdComputer {
     // The last tile alone may end past the sequence.
     multiply_values(out, p, item.job.sequence.mask.len - (end - 1) * C::kCols, current);
     ptx::wgmma_wait<0>();
-    release_values(current.stage, bias_count - 1);
+    release_values(current.stage, bias_ring.before());
   }
 
   __device__ __forceinline__ void compute(const FwdItem<C>& item, Output& out) {
-    // Bias takes registers: with it the tiles are read from shared memory.
-    std::conditional_t<kBias, const TileSpans&, const TileSpans> walk = item.tiles();
-    std::conditional_t<kBias, const GroupTiles&, const GroupTiles> tiles = item.groups[group];
+    // Dense bias takes registers: with it the tiles are read from shared memory.
+    constexpr bool kThere = std::is_same_v<typename C::Bias, DenseBias>;
+    std::conditional_t<kThere, const TileSpans&, const TileSpans> walk = item.tiles();
+    std::conditional_t<kThere, const GroupTiles&, const GroupTiles> tiles = item.groups[group];
     Queries q;
     take_queries(q);
     if (!C::kQueryRegisters && tiles.none()) release(shared.barrier.query_empty);

@@ -2,7 +2,6 @@
 // by tile beside the keys (fwd_bias_prepare.h), read by the computing ones (fwd_bias_add.h).
 #pragma once
 
-#include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias_cells.h"
@@ -10,34 +9,35 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// A warp's note of a tile.
-//   few buckets          word: weight of the first one, as a float; where kStep is set there are two, and gaps from
-//                        `boundary` on have `change` more
-//   many, kCells         the cells answer for all gaps; if kOneOctave, it has shift note.first() and first cell `word`
-//   many                 buckets are note.first() to note.first() + word
-// Weights come multiplied by the argument of SiLU.
-struct __align__(16) WarpNote {
-  static constexpr unsigned kStep = 1u << 28, kCells = 1u << 30, kOneOctave = 1u << 31;
-  static constexpr int kBytes = 16;
+// A warp's note of a tile, in shared memory. No bits: there is one bucket of times, or no time term.
+struct WarpNote {
+  static constexpr unsigned kSteps = 3;         // that many boundaries lie between the buckets
+  static constexpr unsigned kCells = 4;         // the cells answer for all gaps,
+  static constexpr unsigned kOneOctave = 8;     // those of one octave, the shift of which is code / kShift % 32
+  static constexpr unsigned kSearch = 16;       // any of `buckets` behind bucket `first`
+  static constexpr unsigned kElementwise = 32;  // the position term is not one weight a diagonal
+  static constexpr unsigned kShift = 64;
+  static constexpr unsigned kBlocks = 32 * kShift;  // code / kBlocks: of that many blocks of 8 columns rows keep some
+  static constexpr int kMostSteps = 3, kBytes = 8 + kMostSteps * 8;
 
-  BiasNote note;
-  int word, boundary;
-  float change;
+  uint32_t at;
 
-  __device__ static WarpNote load(uint32_t from) {
-    const uint4 x = ptx::ld_shared_u4(from);
-    return {{x.x}, static_cast<int>(x.y), static_cast<int>(x.z), __uint_as_float(x.w)};
+  // Bits and the weight of the first bucket, times the argument of SiLU; 0 where it is looked up or searched for.
+  __device__ void set(unsigned code, float weight) const {
+    ptx::st_shared(at, make_int2(code, __float_as_int(weight)));
   }
-  __device__ void store(uint32_t to) const {
-    ptx::st_shared(to, make_uint4(note.code, static_cast<unsigned>(word), static_cast<unsigned>(boundary),
-                                  __float_as_uint(change)));
+  __device__ int2 head() const { return ptx::ld_shared_int_v2(at); }
+  __device__ void mark(unsigned bits) const { ptx::red_shared_or(at, bits); }
+
+  // Boundary i: gaps from `boundary` on have `change` more, where the tile's first key has time `left`.
+  __device__ void set_step(int i, int64_t boundary, int64_t left, float change) const {
+    ptx::st_shared(at + 8 + i * 8, make_int2(static_cast<int>(-boundary - left), __float_as_int(change)));
   }
-  __device__ bool many() const { return note.steps() == BiasNote::kMany; }
-  __device__ float weight() const { return many() ? 0.f : __int_as_float(word); }
-  __device__ bool step() const { return (note.code & kStep) != 0; }
-  __device__ bool cells() const { return (note.code & kCells) != 0; }
-  __device__ bool one_octave() const { return (note.code & kOneOctave) != 0; }
-  __device__ Octave octave() const { return {note.first(), word}; }
+  __device__ int2 step(int i) const { return ptx::ld_shared_int_v2(at + 8 + i * 8); }
+
+  // In the place of steps: the octave's first cell; or the range of a search.
+  __device__ void set_words(int x, int y) const { ptx::st_shared(at + 8, make_int2(x, y)); }
+  __device__ int2 words() const { return step(0); }
 };
 
 // What a stage holds of relative bias besides its tile of keys.
@@ -45,39 +45,50 @@ template <class C>
 class BiasStage {
  public:
   static constexpr int kWarps = C::kRows / 16;
-  // Entry e of the window is the weight of column j and row i with e = j - i + kRows - 1.
+  // Entry e of the window is the weight of column j and row i with e = j - i + kRows - 1. It is there twice, the second
+  // time one word further on: pairs of columns are aligned in one of them, and both are read without bank conflicts.
   static constexpr int kWindow = C::kRows + C::kCols;
 
   __device__ explicit BiasStage(uint32_t base) : base_(base) {}
 
-  // The window from `from` on, by a warp, sixteen bytes at a time: starts up to three entries early, ends up to three
-  // late.
-  __device__ __forceinline__ void copy_window(const float* from) const {
-    const int early = static_cast<int>(reinterpret_cast<uintptr_t>(from) / 4 % 4);
-    for (int i = lane_id(); i < kWindow / 4 + 1; i += 32) ptx::cp_async_16(base_ + i * 16, from - early + i * 4, 16);
-    if (lane_id() == 0) ptx::st_shared(base_ + kEarly, static_cast<uint32_t>(early * 4));
+  // What a warp writes of a stage: lane i has entries i, i + 32, ... of the window, and times of keys.
+  struct Part {
+    float weights[kWindow / 32];
+    int times[C::kCols / 32];
+  };
+  __device__ __forceinline__ void write_window(const Part& part) const {
+#pragma unroll
+    for (int i = 0; i < kWindow / 32; ++i)
+#pragma unroll
+      for (int copy = 0; copy < 2; ++copy)
+        ptx::st_shared(base_ + copy * kCopy + (i * 32 + lane_id()) * 4, __float_as_uint(part.weights[i]));
   }
-  // The same of a table in whose range the window does not lie.
-  template <class Index>
-  __device__ __forceinline__ void copy_window(const float* table, const Index& index) const {
-    for (int e = lane_id(); e < kWindow; e += 32) ptx::cp_async_4(base_ + e * 4, table + index(e));
-    if (lane_id() == 0) ptx::st_shared(base_ + kEarly, 0u);
+  __device__ __forceinline__ void write_times(const Part& part) const {
+    const int left = __shfl_sync(~0u, part.times[0], 0);
+#pragma unroll
+    for (int i = 0; i < C::kCols / 32; ++i)
+      ptx::st_shared(time(i * 32 + lane_id()), static_cast<uint32_t>(0u + part.times[i] - left));
+    if (lane_id() == 0) ptx::st_shared(base_ + kLeft, static_cast<uint32_t>(left));
   }
-  __device__ uint32_t weights(int e) const { return base_ + ptx::ld_shared_int(base_ + kEarly) + e * 4; }
 
-  // The low words of the times of the keys: differences of times less than 2^31 apart are right.
+  // Of entries e and e + 1, from the base of the stage on.
+  __device__ static int pair(int e) { return e * 4 + (e & 1) * kCopy; }
+  __device__ float2 weights(int pair) const { return ptx::ld_shared_v2(base_ + pair); }
+
+  // Times of keys from that of the first one on, and the low word of that: differences of times less than 2^31 apart
+  // are right.
   __device__ uint32_t time(int key) const { return base_ + kTimes + key * 4; }
-  __device__ void copy_time(int key, const int64_t* from) const { ptx::cp_async_4(time(key), from); }
+  __device__ int left() const { return ptx::ld_shared_int(base_ + kLeft); }
 
-  __device__ uint32_t note(int warp) const { return base_ + kNotes + warp * WarpNote::kBytes; }
+  __device__ WarpNote note(int warp) const { return {base_ + kNotes + warp * WarpNote::kBytes}; }
 
  private:
-  static constexpr int kTimes = (kWindow + 4) * 4, kNotes = kTimes + C::kCols * 4,
-                       kEarly = kNotes + kWarps * WarpNote::kBytes;
-  static_assert(kNotes % 16 == 0);
+  static constexpr int kCopy = (kWindow + 17) * 4, kTimes = 2 * (kCopy + 12), kNotes = kTimes + C::kCols * 4,
+                       kLeft = kNotes + kWarps * WarpNote::kBytes;
+  static_assert(kWindow % 32 == 0 && kNotes % 16 == 0);
 
  public:
-  static constexpr int kBytes = (kEarly + 4 + 127) / 128 * 128;
+  static constexpr int kBytes = (kLeft + 4 + 127) / 128 * 128;
 
  private:
   uint32_t base_;
@@ -86,33 +97,32 @@ class BiasStage {
 // Notes on their way to the stages: of kTiles tiles at a time, in two buffers.
 template <class C>
 struct NoteQueue {
-  static constexpr int kTiles = 8, kBuffers = 2;
+  static constexpr int kTiles = C::kDim == 256 ? 4 : 8, kBuffers = 2;
   static constexpr int kBytes = kBuffers * kTiles * BiasStage<C>::kWarps * WarpNote::kBytes;
 
   uint32_t base;
 
-  __device__ uint32_t at(int buffer, int tile, int warp) const {
-    return base + ((buffer * kTiles + tile) * BiasStage<C>::kWarps + warp) * WarpNote::kBytes;
+  __device__ WarpNote at(int buffer, int tile, int warp) const {
+    return {base + ((buffer * kTiles + tile) * BiasStage<C>::kWarps + warp) * WarpNote::kBytes};
   }
 };
 
 // What a block holds of relative bias: cells of the look-up and zeros in the place of weights.
 template <class C>
 struct BiasTables {
-  using Cells = BiasCells<C::kDim == 256 ? 640 : 5120>;  // what the tiles of keys leave room for
-  static constexpr int kZeros = Cells::kBytes, kBytes = kZeros + 384;
+  using Cells = BiasCells<C::kDim == 256   ? 560
+                          : C::kDim == 128 ? 4352
+                                           : 5120>;  // what the tiles of keys leave room for
+  static constexpr int kBytes = Cells::kBytes;
 
   uint32_t base;
 
   __device__ Cells cells() const { return Cells(base); }
-  // In the place of BiasStage::weights.
-  __device__ uint32_t zeros() const { return base + kZeros + 32; }
   // By `threads` threads that meet in sync(). The stages lie behind; without a position term their weights stay zeros.
   template <class Sync>
   __device__ __forceinline__ void make(const RelativeBiasParams& p, float argument, int stages_bytes, int thread,
                                        int threads, const Sync& sync) const {
-    for (int i = thread; i < (kBytes - kZeros + stages_bytes) / 4; i += threads)
-      ptx::st_shared(base + kZeros + i * 4, 0u);
+    for (int i = thread; i < stages_bytes / 4; i += threads) ptx::st_shared(base + kBytes + i * 4, 0u);
     if (p.time_weight) {
       cells().make(TimeTerm(p, Sequence(), 0, nullptr), argument, thread, threads, sync);
     } else {

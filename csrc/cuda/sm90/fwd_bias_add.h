@@ -42,8 +42,9 @@ __device__ __forceinline__ void search(const TimeTerm& time, int row, int col, i
 // The terms that a tile's note has no shortcut for. Half of the scores at a time wait in 2 KB of shared memory, so that
 // the loop is rolled and finds registers.
 template <class C>
-__device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, const Job& job, const WarpNote& warp,
-                                               const BiasTile& at, float argument, Accumulator<1, 8>& s) {
+__device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, const Job& job, const WarpNote& note,
+                                               unsigned code, const BiasTile& at, float argument,
+                                               Accumulator<1, 8>& s) {
   const Lane lane;
   const uint32_t slot = at.scratch + lane.id * 16;
   const int row = at.row + lane.row();
@@ -52,8 +53,9 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
     float(&x)[8][4] = s.x[0];
 #pragma unroll
     for (int n = 0; n < 4; ++n) ptx::st_shared(slot + n * 512, *reinterpret_cast<const float4*>(x[half * 4 + n]));
+    const int blocks = static_cast<int>(code / WarpNote::kBlocks) - half * 4;
 #pragma unroll 1
-    for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < min_int(blocks, 4); ++n) {
       const int col = half * 32 + n * 8 + lane.col();
       const auto add = [&](const float(&b)[4]) {
         const float4 y = ptx::ld_shared_v4(slot + n * 512);
@@ -61,13 +63,14 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
                                                    fmaf(argument, b[2], y.z), fmaf(argument, b[3], y.w)));
       };
       float b[4];
-      if (warp.note.elementwise()) {
+      if (code & WarpNote::kElementwise) {
         find_positions(problem, job, row, at.col + col, b);
         add(b);
       }
-      if (!warp.many() || warp.cells()) continue;
+      if (!(code & WarpNote::kSearch)) continue;
       const TimeTerm time(problem.relative, job.sequence, job.item.head, nullptr);
-      search(time, row, at.col + col, warp.note.first(), warp.note.first() + warp.word, b);
+      const int2 buckets = note.words();
+      search(time, row, at.col + col, buckets.x, buckets.x + buckets.y, b);
       add(b);
     }
 #pragma unroll
@@ -78,25 +81,27 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
   }
 }
 
-// The bias of one tile of a warp: made before the wait for the scores, for what it can load until then. add() makes
-// u = argument * (alpha s + bias) of them; alpha comes multiplied by the argument.
+// The bias of one tile of a warp: made before the product, for it says what there is to do; load() comes before the
+// wait for the scores, of which add() makes u = argument * (alpha s + bias); alpha comes multiplied by the argument.
 template <class C, class Bias = typename C::Bias>
 struct TileBias;
 
 template <class C>
 struct TileBias<C, NoBias> {
   __device__ TileBias(uint32_t, BiasTables<C>, const BiasTile&) {}
+  __device__ void load(float) {}
 };
 
 template <class C>
 struct TileBias<C, DenseBias> {
   __device__ TileBias(uint32_t, BiasTables<C>, const BiasTile&) {}
+  __device__ void load(float) {}
 
   __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
                                       float argument, Accumulator<1, 8>& s) const {
-    const Lane lane;
+    const int lane = ptx::thread_index() % 32;
     const DenseBias bias(problem, job, nullptr);
-    const int row = at.row + lane.row(), col = at.col + lane.col();
+    const int row = at.row + lane / 4, col = at.col + lane % 4 * 2;
     const float* low = bias.data + row * bias.row_stride + col;
     const float* high = low + 8 * bias.row_stride;
     const int columns = bias.size - col;
@@ -121,60 +126,55 @@ struct TileBias<C, DenseBias> {
 
 template <class C>
 struct TileBias<C, RelativeBias> {
-  static constexpr bool kEarly = C::kDim != 128;  // are there registers to load weights before the wait?
-
   BiasStage<C> stage;
   BiasTables<C> tables;
-  WarpNote warp;
-  uint32_t weights;
-  float2 diagonals[9];
+  WarpNote note;
+  unsigned code;
+  float weight;  // of the first bucket
+  int pair;
+  float2 diagonals[9];  // and of the position term, together
 
   __device__ __forceinline__ TileBias(uint32_t base, BiasTables<C> tables, const BiasTile& at)
-      : stage(base), tables(tables), warp(WarpNote::load(stage.note(at.warp))) {
-    const int entry = lane_col() - lane_row() - at.warp * 16 + C::kRows - 1;
-    weights = warp.note.elementwise() ? tables.zeros() : stage.weights(entry);
-    if constexpr (kEarly) load();
+      : stage(base), tables(tables), note(stage.note(at.warp)) {
+    const int2 head = note.head();
+    code = ptx::uniform(head.x);
+    weight = __int_as_float(head.y);
+    pair = BiasStage<C>::pair(lane_col() - lane_row() - at.warp * 16 + C::kRows - 1);
+  }
+
+  __device__ __forceinline__ void load(float argument) {
+#pragma unroll
+    for (int d = 0; d < 9; ++d) {
+      const float2 x = stage.weights(pair + (d - 1) * 32);
+      diagonals[d] = make_float2(fmaf(argument, x.x, weight), fmaf(argument, x.y, weight));
+    }
   }
 
   __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
                                       float argument, Accumulator<1, 8>& s) {
-    if constexpr (!kEarly) load();
-    const float shift = warp.weight();
+    if (code & WarpNote::kElementwise) {
+      s.each([&](float& x, int, int) { x = fmaf(x, alpha, weight); });
+    } else {
 #pragma unroll
-    for (int d = -1; d < 8; ++d) {
-      const float2 w =
-          make_float2(fmaf(argument, diagonals[d + 1].x, shift), fmaf(argument, diagonals[d + 1].y, shift));
+      for (int d = -1; d < 8; ++d)
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (d + r < 8 && d + r >= 0) {
-          float* x = &s.x[0][d + r][r * 2];
-          x[0] = fmaf(x[0], alpha, w.x);
-          x[1] = fmaf(x[1], alpha, w.y);
-        }
+        for (int r = 0; r < 2; ++r)
+          if (d + r < 8 && d + r >= 0) {
+            float* x = &s.x[0][d + r][r * 2];
+            x[0] = fmaf(x[0], alpha, diagonals[d + 1].x);
+            x[1] = fmaf(x[1], alpha, diagonals[d + 1].y);
+          }
     }
-    const BiasNote& note = warp.note;
-    if (note.code >> BiasNote::kFirstBits == 0) return;
-    if (note.elementwise() || (warp.many() && !warp.cells())) add_one_by_one<C>(problem, job, warp, at, argument, s);
-    if (warp.step()) {
-      const Lane lane;
-      const int left = ptx::ld_shared_int(stage.time(0));
-      const int low = minus(at.times[lane.row()], left) - warp.boundary,
-                high = minus(at.times[lane.row() + 8], left) - warp.boundary;
-      add_step(stage, low, high, left, warp.change, s);
-    } else if (warp.one_octave()) {
-      look_up<true>(stage, tables.cells(), warp.octave(), at.times, s);
-    } else if (warp.cells()) {
-      look_up<false>(stage, tables.cells(), {}, at.times, s);
-    } else if (note.steps() > 0 && !warp.many()) {
-      add_steps(TimeTerm(problem.relative, job.sequence, job.item.head, nullptr), stage, at, note, argument, s);
+    if (code == 0) return;
+    add_steps(stage, note, code & WarpNote::kSteps, at.times, s);
+    if (code & WarpNote::kOneOctave) {
+      const Octave one = {static_cast<int>(code / WarpNote::kShift % 32), note.words().x};
+      look_up<true>(stage, tables.cells(), one, code / WarpNote::kBlocks, at.times, s);
+    } else if (code & WarpNote::kCells) {
+      look_up<false>(stage, tables.cells(), {}, code / WarpNote::kBlocks, at.times, s);
     }
-  }
-
- private:
-  __device__ __forceinline__ void load() {
-#pragma unroll
-    for (int d = 0; d < 9; ++d)
-      diagonals[d] = make_float2(ptx::ld_shared(weights + (d - 1) * 32), ptx::ld_shared(weights + (d - 1) * 32 + 4));
+    if (code & (WarpNote::kElementwise | WarpNote::kSearch))
+      add_one_by_one<C>(problem, job, note, code, at, argument, s);
   }
 };
 

@@ -1,6 +1,6 @@
 // The bucket of a gap of time in one look-up, and its weight. Gaps of 32 bits are cut into octaves [2^e, 2^(e + 1)) and
-// those into cells of equal width, narrow enough that a cell holds at most one boundary. A cell keeps that boundary and
-// the weight of its first gap; the weight beyond the boundary is that of the next cell.
+// those into cells of equal width, narrow enough that a cell holds at most one boundary (or several equal ones). A cell
+// keeps that boundary and the weight of its first gap; the weight beyond the boundary is that of the next cell.
 //
 // Octaves whose boundaries are too close for the room there is are crowded: their gaps must be searched for.
 #pragma once
@@ -35,8 +35,11 @@ class BiasCells {
   __device__ unsigned crowded() const { return static_cast<unsigned>(ptx::ld_shared_int(base_ + kCrowded)); }
 
   // Where a cell's boundary is; kWeight bytes on is the weight of its first gap, and 4 more on that of the next cell.
-  __device__ __forceinline__ uint32_t cell(int gap, const Octave& o) const {
-    return base_ + kBoundaries + ((gap >> o.shift) + o.first) * 4;
+  __device__ __forceinline__ uint32_t cell(int gap, const Octave& o) const { return cell_from(first(o), gap, o.shift); }
+  // The same in two steps, of which the first is not repeated.
+  __device__ __forceinline__ uint32_t first(const Octave& o) const { return base_ + kBoundaries + o.first * 4; }
+  __device__ __forceinline__ static uint32_t cell_from(uint32_t first, int gap, int shift) {
+    return first + (gap >> shift) * 4;
   }
   static constexpr int kWeight = (kCells + 4) * 4;
 
@@ -62,6 +65,7 @@ class BiasCells {
     for (int k = thread; k <= time.count; k += threads) {
       const int64_t from = k > 0 ? __ldg(time.boundaries + k - 1) : INT64_MIN;
       const int64_t to = k < time.count ? __ldg(time.boundaries + k) : INT64_MAX;
+      if (from == to) continue;  // nothing is in this bucket
       const int first = k > 0 ? index(from, end) + 1 : 0, last = index(to, end);
       const uint32_t weight = __float_as_uint(argument * __ldg(time.weight + k));
       for (int c = first; c <= last; ++c) ptx::st_shared(base_ + kBoundaries + kWeight + c * 4, weight);
@@ -85,7 +89,7 @@ class BiasCells {
  private:
   // Cells of the octave of two neighbouring boundaries are no wider than their distance.
   __device__ __forceinline__ void narrow(int64_t a, int64_t b) const {
-    if (a < 1 || b >= kGaps) return;
+    if (a < 1 || b >= kGaps || a == b) return;
     const int low = static_cast<int>(a), high = static_cast<int>(b), o = octave_of(low);
     if (o == octave_of(high)) ptx::red_shared_min(base_ + o * 8, max_int(31 - __clz(high - low), 0));
   }

@@ -16,60 +16,51 @@ struct BiasTile {
 
 // The lane, read where it is used: not kept in registers from tile to tile.
 struct Lane {
-  const int id = ptx::thread_index() % 32;
+  const int id = ptx::thread_index() & 31;
 
-  __device__ int row() const { return id / 4; }
-  __device__ int col() const { return id % 4 * 2; }
+  __device__ int row() const { return id >> 2; }
+  __device__ int col() const { return (id & 3) * 2; }
 };
 
-// A difference of the low words of times.
+// A difference of the low words of times, or a sum.
 __device__ __forceinline__ int minus(int a, int b) { return static_cast<int>(0u + a - b); }
+__device__ __forceinline__ int plus(int a, int b) { return static_cast<int>(0u + a + b); }
 
-// Adds to the scores, whose first bucket's weight is there already, what the next bucket has more: where times of
-// columns are at most those of rows less the boundary.
+// Adds to the scores, which have the weight of the first bucket, what the next ones have more, boundary by boundary:
+// where times of columns, less that of the first column, are at most a limit of the row.
 template <class C>
-__device__ __forceinline__ void add_step(const BiasStage<C>& stage, int low, int high, int left, float change,
-                                         Accumulator<1, 8>& s) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const int2 t = ptx::ld_shared_int_v2(stage.time(n * 8 + ptx::thread_index() % 4 * 2));
-    float* x = s.x[0][n];
-    if (minus(t.x, left) <= low) x[0] += change;
-    if (minus(t.y, left) <= low) x[1] += change;
-    if (minus(t.x, left) <= high) x[2] += change;
-    if (minus(t.y, left) <= high) x[3] += change;
-  }
-}
-
-// The same for some buckets, whose boundaries may be far from all gaps.
-template <class C>
-__device__ __forceinline__ void add_steps(const TimeTerm& time, const BiasStage<C>& stage, const BiasTile& at,
-                                          const BiasNote& note, float argument, Accumulator<1, 8>& s) {
-  const Lane lane;
-  const int left = ptx::ld_shared_int(stage.time(0));
-  const int64_t since = time.query_time(at.row + lane.id % 16) - time.key_time(at.col);
-  const int64_t* boundary = time.boundaries + note.first();
-  const float* weight = time.weight + note.first();
+__device__ __forceinline__ void add_steps(const BiasStage<C>& stage, const WarpNote& note, int count, const int* times,
+                                          Accumulator<1, 8>& s) {
 #pragma unroll 1
-  for (int i = 0; i < note.steps(); ++i) {
-    const int64_t limit64 = since - __ldg(boundary + i);
-    const float change = argument * (__ldg(weight + i + 1) - __ldg(weight + i));
-    const int limit = limit64 > INT32_MAX   ? INT32_MAX
-                      : limit64 < INT32_MIN ? INT32_MIN
-                                            : static_cast<int>(limit64);  // times of columns are not negative
-    add_step(stage, __shfl_sync(~0u, limit, lane.row()), __shfl_sync(~0u, limit, lane.row() + 8), left, change, s);
+  for (int i = 0; i < count; ++i) {
+    const Lane lane;
+    const int2 step = note.step(i);
+    const int low = plus(times[lane.row()], step.x), high = plus(times[lane.row() + 8], step.x);
+    const float change = __int_as_float(step.y);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int2 t = ptx::ld_shared_int_v2(stage.time(n * 8 + lane.col()));
+      float* x = s.x[0][n];
+      if (t.x <= low) x[0] += change;
+      if (t.y <= low) x[1] += change;
+      if (t.x <= high) x[2] += change;
+      if (t.y <= high) x[3] += change;
+    }
   }
 }
 
-// s += argument weight[bucket] of a tile whose gaps the cells answer for; kOne: all of one octave.
+// s += argument weight[bucket] of a tile whose gaps the cells answer for; kOne: all of one octave;
+// blocks: of 8 columns, whose scores count.
 template <bool kOne, class C>
 __device__ __forceinline__ void look_up(const BiasStage<C>& stage, const typename BiasTables<C>::Cells& cells,
-                                        const Octave& one, const int* times, Accumulator<1, 8>& s) {
+                                        const Octave& one, int blocks, const int* times, Accumulator<1, 8>& s) {
   const Lane lane;
-  const int rows[2] = {times[lane.row()], times[lane.row() + 8]};
-  constexpr int kBatch = C::kDim == 128 ? 1 : 2;  // tensor core tiles whose loads are in flight together
+  const int left = stage.left(), rows[2] = {minus(times[lane.row()], left), minus(times[lane.row() + 8], left)};
+  constexpr int kBatch = C::kDim == 128 ? 2 : 4;  // tensor core tiles whose loads are in flight together
+  const uint32_t first_cell = cells.first(one);
 #pragma unroll
   for (int first = 0; first < 8; first += kBatch) {
+    if (first >= blocks) break;
     int gap[kBatch][4];
     uint32_t at[kBatch][4];
 #pragma unroll
@@ -78,7 +69,8 @@ __device__ __forceinline__ void look_up(const BiasStage<C>& stage, const typenam
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         gap[n][e] = minus(rows[e / 2], e % 2 ? t.y : t.x);
-        at[n][e] = cells.cell(gap[n][e], kOne ? one : cells.octave(cells.octave_of(gap[n][e])));
+        at[n][e] = kOne ? cells.cell_from(first_cell, gap[n][e], one.shift)
+                        : cells.cell(gap[n][e], cells.octave(cells.octave_of(gap[n][e])));
       }
     }
 #pragma unroll

@@ -88,6 +88,7 @@ struct FwdItem {
   longlong2 ends[C::kTimeRows / 16 + 1];
 
   __device__ const TileSpans& tiles() const { return groups[C::kGroups].kept; }
+  __device__ int row() const { return job.sequence.first_row + first; }  // of the mask
   // Whether the item after this one waits for the loading warp to get near the end of this one.
   __device__ bool paced() const { return tiles().size() > kShortTiles; }
 

@@ -33,7 +33,9 @@ struct FwdPlan : Shape {
   static constexpr bool kSpare = kPreparers && Shape::kDim == 64;
   static constexpr int kLoadRegisters = kSpare ? 80 : Shape::kLoadRegisters;
   static constexpr int kComputeRegisters = kSpare ? 144 : Shape::kComputeRegisters;
-  static constexpr int kBiasStages = Shape::kDim == 64 ? 8 : 4;  // a ring of its own: tables come later than keys
+  static constexpr int kBiasStages = Shape::kDim == 64    ? 8
+                                     : Shape::kDim == 128 ? 4
+                                                          : 3;  // a ring of its own: tables come later than keys
   static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Shape>::kBytes : 0;
   static constexpr int kBiasBytes =
       kPreparers ? BiasTables<Shape>::kBytes + kBiasStages * kBiasStageBytes + NoteQueue<Shape>::kBytes : 0;
@@ -55,7 +57,7 @@ struct FwdBarriers {
     for (int i = 0; i < kItems; ++i) item_full[i].init(1), spans_full[i].init(1);
     for (ptx::Mbarrier& b : item_empty) b.init(C::kGroups + 1 + C::kPreparers);
     for (int i = 0; i < 2; ++i) notes_full[i].init(1), notes_empty[i].init(1);
-    for (int i = 0; i < C::kBiasStages; ++i) bias_full[i].init(1 + 32), bias_empty[i].init(C::kGroups);
+    for (int i = 0; i < C::kBiasStages; ++i) bias_full[i].init(1), bias_empty[i].init(C::kGroups);
     query_full.init(1), query_empty.init(C::kGroups);
     for (int i = 0; i < C::kStages; ++i) {
       key_full[i].init(1), value_full[i].init(1);

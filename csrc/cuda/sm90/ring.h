@@ -12,6 +12,7 @@ struct Ring {
   __device__ void next() {
     if (++stage == kStages) stage = 0, round ^= 1;
   }
+  __device__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
   // Of the number of steps so far.
   __device__ unsigned parity() const {
     static_assert(kStages % 2 == 1);
