@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 #include <utility>
@@ -74,7 +75,7 @@ Status dispatch(const AttentionProblem& a, F&& f) {
         return f(__nv_bfloat16{}, d);
       case DType::kFloat32:
         if constexpr (d <= kMostTf32Dims)
-          if (a.allow_tf32) return f(Tf32{}, std::integral_constant < int, d<kFewestTf32Dims ? kFewestTf32Dims : d>{});
+          if (a.allow_tf32) return f(Tf32{}, std::integral_constant<int, std::max(int{d}, kFewestTf32Dims)>{});
         return f(float{}, d);
       default:
         return {"float64 is not supported on CUDA: convert to float32, or run on the CPU"};

@@ -36,8 +36,8 @@ __device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>
 }
 
 // What each row of an item keeps, {end of the prefix, begin and end of the window, begin of the group}: worked out by
-// the computing warps, it would cost every masked tile half its time. Two buffers: that of the item before the last is
-// free when that item is done.
+// the computing warps, it costs every masked tile a quarter of its time. Two buffers: that of the item before the last
+// is free when that item is done.
 template <class C, class T>
 __device__ void write_spans(const FwdStorage<C, T>& shared) {
   Ring<kItems> older;

@@ -38,7 +38,8 @@ struct FwdLaunch {
     if (device < 64 && known[device][size]) return known[device][size];
     FwdLaunch launch(size, size, nullptr);
     int most = 0;
-    if (cudaOccupancyMaxActiveClusters(&most, kKernel, &launch.config) != cudaSuccess || most < 1) most = 1;
+    if (cudaOccupancyMaxActiveClusters(&most, kKernel, &launch.config) != cudaSuccess) cudaGetLastError();  // forget it
+    if (most < 1) most = 1;
     if (device < 64) known[device][size] = most;
     return most;
   }
