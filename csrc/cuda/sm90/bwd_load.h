@@ -14,19 +14,13 @@ struct BwdArguments {
   CUtensorMap q, k, v, grad_out;
   AttentionBwdParams params;
   Schedule schedule;
-  Tickets tickets;  // of items: whoever is done first takes the next, since items differ in length
-  float* sums;      // of dQ: see bwd_sums.h
-  TableSums position, time;
-  float alpha, scale;  // alpha: as much of it as scores take, and as dQ and dK take
+  Tickets tickets;                 // of items: whoever is done first takes the next, since items differ in length
+  float* sums;                     // of dQ: see bwd_sums.h
+  float alpha, scale;              // alpha: as much of it as dQ and dK take
+  float score_alpha, bias_factor;  // of scores, and of a bias that they begin from
 };
 
 // ---- the finding warp ----
-
-__device__ inline void check_times(const AttentionProblem& problem, BwdJob& job) {
-  const TimeTerm time(problem.relative, job.job.sequence, job.job.item.head, nullptr);
-  const bool rising = !time.weight || __all_sync(~0u, time.rising<true>(lane_id(), 32));
-  if (lane_id() == 0) job.rising = rising;
-}
 
 // Classifies an item's tiles, 32 at once, and hands them over.
 template <class C, class T>
@@ -63,8 +57,6 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
       if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
     }
     __syncwarp();
-    if constexpr (std::is_same_v<typename C::Bias, RelativeBias>)
-      if (more) check_times(problem, job);
     if (lane_id() == 0) state.barrier.job.full[found.stage<kBwdJobs>()].arrive();
     if (!more) break;
     find_tiles(shared, job.job, parts);
