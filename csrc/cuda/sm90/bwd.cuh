@@ -21,7 +21,6 @@
 #include "cuda/ptx/dependent.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/sm90/bwd_bias.h"
-#include "cuda/sm90/bwd_bias_prepare.h"
 #include "cuda/sm90/bwd_group.h"
 #include "cuda/sm90/bwd_queries.cuh"
 #include "cuda/sm90/bwd_scratch.h"
@@ -137,6 +136,11 @@ struct BwdComputer : BwdGroup<C, T> {
     }
   }
 
+  __device__ __forceinline__ void begin_grads(Scores& d) const {
+    multiply_scores(d, shared.value_panel(items.stage<C::kValueStages>(), 0).base,
+                    shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
+  }
+
   // A tile of which this warpgroup keeps something. dQ of the tile before it is found beside this one's sums or, by
   // turns, behind them, as three warpgroups have no registers for both; or not at all (the first tile of an item).
   template <bool kBeside>
@@ -146,13 +150,18 @@ struct BwdComputer : BwdGroup<C, T> {
     Bits bits;
     {
       Scores s, d;
-      start_scores(job, tile, s);
+      constexpr bool kGradsFirst = C::kBias && !C::kTurns;  // the bias beside dP'; by turns it would spill 4 bytes
+      if (!kGradsFirst) start_scores(job, tile, s);
       if (!tile.covered(group)) bits = keep_bits(job, tile);
       ptx::wgmma_fence();
+      if (kGradsFirst) {
+        begin_grads(d);
+        start_scores(job, tile, s);
+        ptx::wgmma_fence();
+      }
       multiply_scores<C::kBias>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
                                 shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
-      multiply_scores(d, shared.value_panel(items.stage<C::kValueStages>(), 0).base,
-                      shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
+      if (!kGradsFirst) begin_grads(d);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(s);
       ptx::wgmma_settle(d);
@@ -284,7 +293,7 @@ struct BwdComputer : BwdGroup<C, T> {
 
 // ---- kernel and launch ----
 
-// By the adding, preparing and computing warps, while the first items are found.
+// By the adding, noting and computing warps, while the first items are found.
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
@@ -316,7 +325,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
       find_blocks(arguments, shared);
     } else if constexpr (C::kBias) {
       if (warp == 3) {
-        BwdPreparer<C, T>(arguments, shared).run();
+        BwdNoter<C, T>(arguments, shared).run();
       } else if (lane_id() == 0) {
         add_sums<C::kSumStages>(shared, 0);
       }

@@ -1,17 +1,71 @@
-// What a warp of the loading warpgroup of the Hopper backward does for the computing ones where there is relative bias:
-// some tiles ahead it notes what each computing warp will find (bias_notes.h), then fills a stage for each with those
-// notes, the weights of the position term by diagonal and the times of the queries.
+// What two warps of the loading warpgroup of the Hopper backward do for the computing ones where there is relative
+// bias. One notes, some tiles ahead, what each computing warp will find (bias_notes.h); the loading one fills a stage
+// for each tile with those notes, the weights of the position term by diagonal and the times of the queries.
 #pragma once
 
 #include "cuda/sm90/bias_notes.h"
-#include "cuda/sm90/bwd_load.h"
+#include "cuda/sm90/bwd_storage.h"
 
 namespace hstu_ops::cuda::sm90 {
 
+// What the loading warp does for a tile.
 template <class C, class T>
-class BwdPreparer {
+struct BwdFiller {
+  using B = typename C::Relative;
+  using Stage = BiasStage<B>;
+
+  const BwdArguments& arguments;
+  const BwdStorage<C, T>& shared;
+  Count at;
+
+  // The window arrives when it is there; the times are on their way while the stage and the notes are waited for.
+  __device__ __forceinline__ void fill(const Job& job, BwdTile tile) const {
+    const RelativeBiasParams& relative = arguments.params.problem.relative;
+    const int lane = Lane().id, row = job.sequence.first_row + tile.tile() * C::kQueries;
+    int times[B::kCols / 32];
+    if (relative.time_weight) {
+      const TimeTerm time(relative, job.sequence, job.item.head, nullptr);
+#pragma unroll
+      for (int i = 0; i < B::kCols / 32; ++i)
+        times[i] = static_cast<int>(B::time(time.query_time(row + i * 32 + lane)));
+    }
+    Gate<C::kBiasStages>& gate = shared.state.barrier.bias;
+    const int index = at.stage<C::kBiasStages>();
+    gate.empty[index].wait(at.round<C::kBiasStages>() ^ 1);
+    const Stage stage(shared.bias_stage(index));
+    const PositionTerm position(relative, job.item.head);
+    if (position.weight) {
+      const int from = (job.item.block + 1) * C::kKeys - 1 - row + position.positions - 1 - lane,
+                last = 2 * position.positions - 2;
+#pragma unroll
+      for (int i = 0; i < Stage::kWindow / 32; ++i)
+        stage.copy_weight(i * 32 + lane, position.weight + clamp_int(from - i * 32, 0, last));
+    }
+    ptx::cp_async_arrive(gate.full[index].address());
+    if (relative.time_weight) stage.write_times(times, lane);
+    copy_notes(stage, lane);
+    if (lane == 0) gate.full[index].arrive();
+  }
+
+ private:
+  __device__ __forceinline__ void copy_notes(const Stage& stage, int lane) const {
+    using Notes = typename C::Notes;
+    Gate<Notes::kTiles>& gate = shared.state.barrier.notes;
+    const int index = at.stage<Notes::kTiles>();
+    gate.full[index].wait(at.round<Notes::kTiles>());
+    constexpr int kChunks = Stage::kWarps * WarpNote::kBytes / 16;
+    static_assert(kChunks <= 32);
+    if (lane < kChunks)
+      ptx::st_shared(stage.note(0).at + lane * 16, ptx::ld_shared_u4(shared.notes().at(0, index, 0).at + lane * 16));
+    __syncwarp();
+    if (lane == 0) gate.empty[index].arrive();
+  }
+};
+
+template <class C, class T>
+class BwdNoter {
  public:
-  __device__ BwdPreparer(const BwdArguments& arguments, const BwdStorage<C, T>& shared)
+  __device__ BwdNoter(const BwdArguments& arguments, const BwdStorage<C, T>& shared)
       : relative_(arguments.params.problem.relative),
         shared_(shared),
         times_(relative_, shared.bias_tables(), arguments.bias_factor) {}
@@ -19,15 +73,14 @@ class BwdPreparer {
   __device__ __forceinline__ void run() {
     put(progress().items, {}), put(progress().parts, {}), put(progress().tiles, {});
 #pragma unroll 1
-    while (prepare_item()) {
+    while (note_item()) {
     }
   }
 
  private:
   using B = typename C::Relative;
-  using Stage = BiasStage<B>;
-  using Queue = typename C::Notes;
-  static constexpr int kWarps = Stage::kWarps;
+  using Notes = typename C::Notes;
+  static constexpr int kWarps = BiasStage<B>::kWarps;
 
   __device__ TimeTerm times(const Job& job) const { return {relative_, job.sequence, job.item.head, nullptr}; }
   __device__ static int first_key(const Job& job) { return job.item.block * C::kKeys; }
@@ -47,14 +100,14 @@ class BwdPreparer {
   __device__ BwdRows<C>& rows() const { return shared_.state.rows[job_stage()]; }
 
   // False: there is none.
-  __device__ __forceinline__ bool prepare_item() const {
+  __device__ __forceinline__ bool note_item() const {
     Gate<kBwdJobs>& gate = shared_.state.barrier.job;
     gate.full[job_stage()].wait(progress().items.template round<kBwdJobs>());
     if (!shared_.state.jobs[job_stage()].more) return false;
     if (relative_.time_weight) read_keys(job(), rows());
     put(progress().some, false);
 #pragma unroll 1
-    while (!prepare_part()) {
+    while (!note_part()) {
     }
     if (lane_id() == 0) gate.empty[job_stage()].arrive();
     advance(progress().items);
@@ -62,7 +115,7 @@ class BwdPreparer {
   }
 
   // The same tiles as the loading warp, in the same order. Is it the item's last part?
-  __device__ __forceinline__ bool prepare_part() const {
+  __device__ __forceinline__ bool note_part() const {
     Gate<kBwdParts>& gate = shared_.state.barrier.part;
     gate.full[part_stage()].wait(progress().parts.template round<kBwdParts>());
     const TilePart& part = shared_.state.parts[part_stage()];
@@ -71,7 +124,7 @@ class BwdPreparer {
     if (left != 0) put(progress().some, true);
     put(progress().left, left);
 #pragma unroll 1
-    while (progress().left != 0) prepare_tiles();
+    while (progress().left != 0) note_some();
     const bool last = shared_.state.parts[part_stage()].last;
     __syncwarp();
     if (lane_id() == 0) gate.empty[part_stage()].arrive();
@@ -80,28 +133,33 @@ class BwdPreparer {
   }
 
   // The next few of a part's tiles that are left, a bit each.
-  __device__ __forceinline__ void prepare_tiles() const {
+  __device__ __forceinline__ void note_some() const {
+    Gate<Notes::kTiles>& gate = shared_.state.barrier.notes;
     unsigned left = progress().left;
+    Count at = progress().tiles;
     int count = 0;
 #pragma unroll 1
-    for (; count < Queue::kTiles && left != 0; ++count, left &= left - 1) {
-      const int tile = shared_.state.parts[part_stage()].tiles[__ffs(left) - 1].tile();
-      read_queries(job(), job().sequence.first_row + tile * C::kQueries, count);
+    for (; count < B::kNotedTiles && left != 0; ++count, at.next(), left &= left - 1) {
+      gate.empty[place(at)].wait(at.round<Notes::kTiles>() ^ 1);
+      const BwdTile tile = shared_.state.parts[part_stage()].tiles[__ffs(left) - 1];
+      if (lane_id() == 0)
+        shared_.state.columns[place(at)].row = job().sequence.first_row + tile.tile() * C::kQueries,
+        shared_.state.columns[place(at)].tile = tile;
     }
     put(progress().left, left);
+    if (relative_.time_weight) read_queries(count);
+    __syncwarp();
     note_tiles(count);
     __syncwarp();
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      fill_stage(job(), progress().tiles, i);
-      advance(progress().tiles);
-    }
+    if (lane_id() < count) gate.full[place({progress().tiles.count + lane_id()})].arrive();
+    put(progress().tiles, {progress().tiles.count + count});
   }
+  __device__ static int place(Count at) { return at.stage<Notes::kTiles>(); }
 
   // Of 16 keys, or of the queries of a tile, whose times do not rise, the ends are such that TileTimes is not ordinary.
   __device__ __forceinline__ void read_keys(const Job& job, BwdRows<C>& rows) const {
     const TimeTerm time = times(job);
-#pragma unroll 2
+#pragma unroll 3
     for (int i = lane_id(); i < C::kKeys; i += 32) {
       const long long t = B::time(time.key_time(first_key(job) + i)), next = __shfl_down_sync(~0u, t, 1);
       rows.times[i] = static_cast<int>(t);
@@ -112,22 +170,30 @@ class BwdPreparer {
     }
     __syncwarp();
   }
-  __device__ __forceinline__ void read_queries(const Job& job, int row, int to) const {
-    BwdColumns& columns = shared_.state.columns[to];
-    if (lane_id() == 0) columns.row = row;
-    if (!relative_.time_weight) return;
-    const TimeTerm time = times(job);
-    const long long a = B::time(time.query_time(row + lane_id() * 2)),
-                    b = B::time(time.query_time(row + lane_id() * 2 + 1)), next = __shfl_down_sync(~0u, a, 1);
-    const bool falls = __any_sync(~0u, a < b || (lane_id() < 31 && b < next));
-    if (lane_id() == 0) columns.ends.y = falls ? INT64_MAX : a;
-    if (lane_id() == 31) columns.ends.x = falls ? INT64_MIN : b;
+  // All tiles together: kLanes lanes each, kTimes times a lane.
+  __device__ __forceinline__ void read_queries(int count) const {
+    constexpr int kLanes = 32 / B::kNotedTiles, kTimes = B::kCols / kLanes;
+    const int lane = Lane().id, mine = lane % kLanes;
+    BwdColumns& columns = shared_.state.columns[place({progress().tiles.count + min_int(lane / kLanes, count - 1)})];
+    const TimeTerm time = times(job());
+    long long t[kTimes];
+#pragma unroll
+    for (int i = 0; i < kTimes; ++i) t[i] = B::time(time.query_time(columns.row + mine * kTimes + i));
+    const long long next = __shfl_down_sync(~0u, t[0], 1);
+    bool falls = mine < kLanes - 1 && t[kTimes - 1] < next;
+#pragma unroll
+    for (int i = 0; i < kTimes - 1; ++i) falls = falls || t[i] < t[i + 1];
+    constexpr unsigned kTile = (1u << kLanes) - 1;
+    falls = (__ballot_sync(~0u, falls) >> (lane - mine) & kTile) != 0;
+    if (lane / kLanes >= count) return;
+    if (mine == 0) columns.ends.y = falls ? INT64_MAX : t[0];
+    if (mine == kLanes - 1) columns.ends.x = falls ? INT64_MIN : t[kTimes - 1];
   }
 
   __device__ __forceinline__ void note_tiles(int count) const {
 #pragma unroll 1
     for (int pair = Lane().id; pair < count * kWarps; pair += 32) {
-      const int i = pair / kWarps, warp = pair % kWarps;
+      const int i = place({progress().tiles.count + pair / kWarps}), warp = pair % kWarps;
       const BwdColumns& columns = shared_.state.columns[i];
       const WarpNote note = shared_.notes().at(0, i, warp);
       note.set(0, 0.f);
@@ -139,7 +205,8 @@ class BwdPreparer {
       const int key = first_key(job()) + warp * 16;
       if (relative_.position_weight && !linear<C::kQueries, 16>(mask, columns.row, key))
         note.mark(WarpNote::kElementwise);
-      if (note.head().x != 0) note.mark(unkept_blocks(mask, columns.row, key) * WarpNote::kBlocks);
+      if (note.head().x & WarpNote::kBlockwise && !columns.tile.covered(warp / 4))
+        note.mark(unkept_blocks(mask, columns.row, key) * WarpNote::kBlocks);
     }
   }
   // Blocks of 8 queries in front of the first that keeps some of 16 keys.
@@ -148,38 +215,6 @@ class BwdPreparer {
 #pragma unroll 1
     while (blocks < B::kCols / 8 && !mask.touches(row, row + 8, key, key + 16)) ++blocks, row += 8;
     return blocks;
-  }
-
-  // The window arrives when it is there: held in registers until the stage is free, it would be more than there are.
-  __device__ __forceinline__ void fill_stage(const Job& job, Count tiles, int noted) const {
-    const int query = shared_.state.columns[noted].row, lane = Lane().id;
-    int part[B::kCols / 32];
-    if (relative_.time_weight) {
-      const TimeTerm time = times(job);
-#pragma unroll
-      for (int i = 0; i < B::kCols / 32; ++i)
-        part[i] = static_cast<int>(B::time(time.query_time(query + i * 32 + lane)));
-    }
-    Gate<C::kBiasStages>& gate = shared_.state.barrier.bias;
-    const int at = tiles.stage<C::kBiasStages>();
-    gate.empty[at].wait(tiles.round<C::kBiasStages>() ^ 1);
-    const Stage stage(shared_.bias_stage(at));
-    const PositionTerm position(relative_, job.item.head);
-    if (position.weight) {
-      const int from = first_key(job) - query + C::kKeys - 1 + position.positions - 1 - lane,
-                last = 2 * position.positions - 2;
-#pragma unroll
-      for (int i = 0; i < Stage::kWindow / 32; ++i)
-        stage.copy_weight(i * 32 + lane, position.weight + clamp_int(from - i * 32, 0, last));
-    }
-    ptx::cp_async_arrive(gate.full[at].address());
-    if (relative_.time_weight) stage.write_times(part, lane);
-    constexpr int kChunks = kWarps * WarpNote::kBytes / 16;
-    static_assert(kChunks <= 32);
-    if (lane < kChunks)
-      ptx::st_shared(stage.note(0).at + lane * 16, ptx::ld_shared_u4(shared_.notes().at(0, noted, 0).at + lane * 16));
-    __syncwarp();
-    if (lane == 0) gate.full[at].arrive();
   }
 
   const RelativeBiasParams& relative_;

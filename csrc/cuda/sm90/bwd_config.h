@@ -38,7 +38,7 @@ struct BwdShape {
   // Of a relative bias: see BwdBiasShape.
   static constexpr bool kBias = false;
   using Relative = BiasShape<kKeys, true, 1, 1, 1>;
-  using Notes = NoteQueue<Relative, 1>;
+  using Notes = NoteQueue<Relative, 1, 1>;
   static constexpr int kBiasStages = 1, kBiasStageBytes = 0;
   static constexpr int kTimeRows = 1;  // whose times a block keeps
   static constexpr int kLoadRegisters = kGroups == 2 ? 40 : 32, kComputeRegisters = kGroups == 2 ? 232 : 160;
@@ -63,11 +63,12 @@ template <class Shape, int kCells, int kNotedTiles, int kLoads, int kCompute>
 struct BwdBiasShape : Shape {
   static constexpr bool kBias = true;
   using Relative = BiasShape<Shape::kKeys, true, kCells, kNotedTiles, 4>;
-  using Notes = NoteQueue<Relative, 1>;
+  using Notes = NoteQueue<Relative, 1, 2 * kNotedTiles>;
   static constexpr int kBiasStages = 4, kBiasStageBytes = BiasStage<Relative>::kBytes;
   static constexpr int kBiasBytes = BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes;
   static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes;
   static constexpr int kTimeRows = Shape::kKeys;
+  static constexpr int kClaimTiles = Shape::kClaimTiles + 2;  // notes take longer than tiles to load
   static constexpr int kLoadRegisters = kLoads, kComputeRegisters = kCompute;
   static_assert(kSharedBytes + 2048 + 2 * kTimeRows * 5 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(Shape::kQueries == Relative::kCols);
@@ -75,8 +76,8 @@ struct BwdBiasShape : Shape {
 template <int kDim>
 struct BwdBiasConfig;
 template <>
-struct BwdBiasConfig<64> : BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 3>, 4160, 4, 32, 160> {};
+struct BwdBiasConfig<64> : BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 3>, 4096, 2, 32, 160> {};
 template <>
-struct BwdBiasConfig<128> : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, 2432, 8, 40, 232> {};
+struct BwdBiasConfig<128> : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, 2432, 4, 40, 232> {};
 
 }  // namespace hstu_ops::cuda::sm90

@@ -54,6 +54,7 @@ struct TilePart {
 // A tile of queries in preparation: its first row of the mask, the smallest and the largest of its times
 // (BiasShape::time).
 struct BwdColumns {
+  BwdTile tile;
   longlong2 ends;
   int row;
 };

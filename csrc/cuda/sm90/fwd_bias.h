@@ -47,7 +47,7 @@ struct WarpNote {
   static constexpr unsigned kOneOctave = 8;     // those of one octave, the shift of which is code / kShift % 32
   static constexpr unsigned kSearch = 16;       // any of `buckets` behind bucket `first`
   static constexpr unsigned kElementwise = 32;  // the position term is not one weight a diagonal
-  static constexpr unsigned kOneByOne = kSearch | kElementwise;
+  static constexpr unsigned kOneByOne = kSearch | kElementwise, kBlockwise = kOneByOne | kCells;
   static constexpr unsigned kShift = 64;
   static constexpr unsigned kBlocks = 32 * kShift;  // code / kBlocks: see kept_block()
   static constexpr int kMostSteps = 3, kBytes = 8 + kMostSteps * 8;
@@ -141,10 +141,10 @@ class BiasStage {
   uint32_t base_;
 };
 
-// Notes on their way to the stages: of kTiles tiles at a time.
-template <class B, int kBuffers_>
+// Notes on their way to the stages, of kTiles tiles in each buffer.
+template <class B, int kBuffers_, int kTiles_>
 struct NoteQueue {
-  static constexpr int kTiles = B::kNotedTiles, kBuffers = kBuffers_;
+  static constexpr int kTiles = kTiles_, kBuffers = kBuffers_;
   static constexpr int kBytes = kBuffers * kTiles * BiasStage<B>::kWarps * WarpNote::kBytes;
 
   uint32_t base;

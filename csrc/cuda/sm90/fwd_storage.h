@@ -36,7 +36,7 @@ template <class Shape, class Bias_>
 struct FwdPlan : Shape {
   using Bias = Bias_;
   using Relative = FwdBiasShape<Shape>;
-  using Notes = NoteQueue<Relative, 2>;
+  using Notes = NoteQueue<Relative, 2, Relative::kNotedTiles>;
   static constexpr int kPreparers = std::is_same_v<Bias, RelativeBias> ? kBiasWarps : 0;
   // The preparing warps take what the computing ones of this dimension leave.
   static constexpr bool kSpare = kPreparers && Shape::kDim == 64;
