@@ -165,10 +165,9 @@ std::string sm90_refusal(const AttentionProblem& a, int& processors) {
 std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
   std::string refusal = sm90_refusal(a, processors);
-  constexpr int kMostBoundaries = 255, kMostDims = 128;
-  if (refusal.empty() && has_bias(a) &&
-      (params.deterministic || a.dense.data || a.relative.num_boundaries > kMostBoundaries || head_dim(a) > kMostDims))
-    refusal = "of a bias, it takes relative ones of up to 256 buckets, with up to 128 dimensions, in no fixed order";
+  constexpr int kMostDims = 128;
+  if (refusal.empty() && has_bias(a) && (params.deterministic || a.dense.data || head_dim(a) > kMostDims))
+    refusal = "of a bias, it takes relative ones, with up to 128 dimensions, in no fixed order";
   if (refusal.empty() && !sm90::has_tensor_map(params.grad_out, a.dim_v, a.jagged.total_q))
     refusal = "it takes a gradient of the output whose rows start on 16 bytes";
   return refusal;

@@ -41,4 +41,13 @@ __device__ __forceinline__ uint32_t sign_of_half(uint32_t x, bool upper) {
   return static_cast<uint32_t>(static_cast<int32_t>(upper ? x : x << 16) >> 31);
 }
 
+// Two halves of 16 bits, each all ones where byte kHigh (or kLow) of x has its highest bit set, else zeros.
+template <int kHigh, int kLow>
+__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
+  constexpr int kSign = 8, kSelect = (kHigh + kSign) * 0x1100 + (kLow + kSign) * 0x11;
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "n"(kSelect));
+  return y;
+}
+
 }  // namespace hstu_ops::ptx

@@ -1,4 +1,4 @@
-// Attention backward without bias with Hopper's copy engine and asynchronous tensor cores.
+// Attention backward with Hopper's copy engine and asynchronous tensor cores.
 //
 // A block of threads stays on its SM and takes item after item (kKeys keys of one head, whose dK and dV stay in
 // registers) and walks tiles of queries. Scores are computed transposed, S' = K Q' and dP' = V dO', so that P' and dS'
@@ -16,8 +16,11 @@
 // the whole of one's work, by turns. Barriers: see bwd_storage.h.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/ptx/dependent.h"
 #include "cuda/ptx/ldmatrix.h"
+#include "cuda/sm90/bwd_bias.h"
 #include "cuda/sm90/bwd_group.h"
 #include "cuda/sm90/bwd_queries.cuh"
 #include "cuda/sm90/bwd_scratch.h"
@@ -25,7 +28,6 @@
 #include "cuda/sm90/bwd_wide.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -35,8 +37,8 @@ template <class C, class T>
 struct BwdComputer : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
-      Base::bias, Base::factor, Base::group, Base::keep_bits, Base::multiply_scores, Base::release, Base::score,
-      Base::shared, Base::store, Base::sync, Base::thread, Base::warp_key;
+      Base::factor, Base::group, Base::keep_bits, Base::multiply_scores, Base::release, Base::score, Base::shared,
+      Base::store, Base::sync, Base::thread, Base::warp_key;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -97,15 +99,14 @@ struct BwdComputer : BwdGroup<C, T> {
     }
   }
 
-  // This warp's share of dS' in shared memory, before it is written.
-  __device__ __forceinline__ uint32_t slots() const {
+  // dS of the tile before the last is used up.
+  __device__ __forceinline__ void await_scores() const {
     barrier().score.empty[tiles.stage<C::kScoreStages>()].wait(tiles.round<C::kScoreStages>() ^ 1);
-    return shared.score_panel(tiles.stage<C::kScoreStages>(), 0).base + warp_key() * 128;
   }
 
   // dS' to shared memory, for all warpgroups.
   __device__ __forceinline__ void put_scores(const Operand& ds) {
-    barrier().score.empty[tiles.stage<C::kScoreStages>()].wait(tiles.round<C::kScoreStages>() ^ 1);
+    await_scores();
     const int row = warp_key() + lane_id() % 16, chunk = lane_id() / 16;
 #pragma unroll
     for (int step = 0; step < C::kQueries / 16; ++step)
@@ -115,6 +116,31 @@ struct BwdComputer : BwdGroup<C, T> {
     arrive_warp(barrier().score.full[tiles.stage<C::kScoreStages>()]);
   }
 
+  __device__ __forceinline__ void await_bias() const {
+    if constexpr (C::kBias) barrier().bias.full[tiles.stage<C::kBiasStages>()].wait(tiles.round<C::kBiasStages>());
+  }
+  // What the product S' is added to. Scratch is this warp's share of where dS' goes.
+  __device__ __forceinline__ void start_scores(const Job& job, BwdTile tile, Scores& s) const {
+    if constexpr (C::kBias) {
+      await_bias();
+      const int warp = ptx::thread_index() / 32 - 4;  // read again: kept, it would take a register
+      const BiasTile at = {warp, job.item.block * C::kKeys + warp * 16,
+                           job.sequence.first_row + tile.tile() * C::kQueries,
+                           shared.state.rows[items.stage<kBwdJobs>()].times + warp * 16,
+                           shared.score_panel(tiles.stage<C::kScoreStages>(), 0).base + warp * 2048};
+      start_from_bias(arguments.params.problem, job,
+                      BiasStage<typename C::Relative>(shared.bias_stage(tiles.stage<C::kBiasStages>())),
+                      shared.bias_tables(), at, arguments.bias_factor, reinterpret_cast<Accumulator<1, 8>&>(s),
+                      [this] { await_scores(); });
+      ptx::wgmma_settle(s);
+    }
+  }
+
+  __device__ __forceinline__ void begin_grads(Scores& d) const {
+    multiply_scores(d, shared.value_panel(items.stage<C::kValueStages>(), 0).base,
+                    shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
+  }
+
   // A tile of which this warpgroup keeps something. dQ of the tile before it is found beside this one's sums or, by
   // turns, behind them, as three warpgroups have no registers for both; or not at all (the first tile of an item).
   template <bool kBeside>
@@ -122,20 +148,24 @@ struct BwdComputer : BwdGroup<C, T> {
     Operand p, ds;
     QuerySums dq;
     Bits bits;
-    if (!tile.covered(group)) bits = keep_bits(job, tile), bias(job).put_bits(bits);
-    bias(job).prepare(tile.tile(), shared.state.jobs[items.stage<kBwdJobs>()].rising);
     {
       Scores s, d;
+      constexpr bool kGradsFirst = C::kBias && !C::kTurns;  // the bias beside dP'; by turns it would spill 4 bytes
+      if (!kGradsFirst) start_scores(job, tile, s);
+      if (!tile.covered(group)) bits = keep_bits(job, tile);
       ptx::wgmma_fence();
-      multiply_scores(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
-                      shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
-      multiply_scores(d, shared.value_panel(items.stage<C::kValueStages>(), 0).base,
-                      shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
-      bias(job).fetch(tile.tile());
+      if (kGradsFirst) {
+        begin_grads(d);
+        start_scores(job, tile, s);
+        ptx::wgmma_fence();
+      }
+      multiply_scores<C::kBias>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
+                                shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
+      if (!kGradsFirst) begin_grads(d);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(s);
       ptx::wgmma_settle(d);
-      score(job, tile, bits, s, d, p, ds, [this] { return slots(); });
+      score(job, tile, bits, s, d, p, ds);
     }
     if (kBeside) multiply_keys(dq, tiles);
     ptx::wgmma_settle(p), ptx::wgmma_settle(dv), ptx::wgmma_settle(ds), ptx::wgmma_settle(dk);
@@ -158,11 +188,13 @@ struct BwdComputer : BwdGroup<C, T> {
   __device__ __forceinline__ void release_tile() {
     release(barrier().query.empty[tiles.stage<C::kQueryStages>()]);
     release(barrier().grad.empty[tiles.stage<C::kGradStages>()]);
+    if constexpr (C::kBias) release(barrier().bias.empty[tiles.stage<C::kBiasStages>()]);
     tiles.next();
   }
 
   // Nothing kept: its rows of dS are zeros.
   __device__ __forceinline__ void skip_tile() {
+    await_bias();
     if (C::kQuerySums) {
       Operand zero;
 #pragma unroll
@@ -219,7 +251,6 @@ struct BwdComputer : BwdGroup<C, T> {
   }
 
   __device__ __forceinline__ void run_inline() {
-    BwdBias<C, T>::make_cells(arguments, shared);
     for (;; items.next()) {
       barrier().job.full[items.stage<kBwdJobs>()].wait(items.round<kBwdJobs>());
       const BwdJob& found = shared.state.jobs[items.stage<kBwdJobs>()];
@@ -229,9 +260,10 @@ struct BwdComputer : BwdGroup<C, T> {
 #pragma unroll
       for (int i = 0; i < C::kDim / 2; ++i) dk[i] = dv[i] = 0.f;
       await_keys(job, items);
-      bias(job).begin();
+      if constexpr (C::kBias)
+        shared.bias_tables().turn(arguments.params.problem.relative, job.item.head, arguments.bias_factor,
+                                  threadIdx.x - 128, 128 * C::kGroups, [] { meet(1 + C::kGroups, 128 * C::kGroups); });
       compute(job, dk, dv);
-      bias(job).finish();
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
       const AttentionBwdParams& params = arguments.params;
       const float f = factor(job);
@@ -261,6 +293,15 @@ struct BwdComputer : BwdGroup<C, T> {
 
 // ---- kernel and launch ----
 
+// By the adding, noting and computing warps, while the first items are found.
+template <class C, class T>
+__device__ __forceinline__ void make_bias_tables(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
+  constexpr int kThreads = C::kThreads - 64;
+  shared.bias_tables().make(arguments.params.problem.relative, arguments.bias_factor,
+                            C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads,
+                            [] { meet(2 + C::kGroups, kThreads); });
+}
+
 template <class C, class T>
 __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __grid_constant__ BwdArguments arguments) {
   extern __shared__ unsigned char memory[];
@@ -272,6 +313,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
     ptx::launch_dependents();  // what follows needs nothing of this kernel before its own end
   }
   __syncthreads();
+  if constexpr (C::kBias)
+    if (threadIdx.x >= 64) make_bias_tables(arguments, shared);
   const int group = threadIdx.x / 128;
   if (group == 0) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
@@ -280,17 +323,23 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
       BwdLoader<C, T>{arguments, shared, {}, {}}.run();
     } else if (warp == 1) {
       find_blocks(arguments, shared);
+    } else if constexpr (C::kBias) {
+      if (warp == 3) {
+        BwdNoter<C, T>(arguments, shared).run();
+      } else if (lane_id() == 0) {
+        add_sums<C::kSumStages>(shared, 0);
+      }
     } else if (C::kQuerySums && lane_id() == 0) {
-      add_sums(shared, warp - 2);
+      add_sums<1>(shared, warp - 2);
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
     if constexpr (C::kSplitKeys) {
       BwdComputer<C, T> computer{{arguments, shared}};
-      if constexpr (std::is_same_v<typename C::Bias, NoBias>) {
-        computer.run();
-      } else {
+      if constexpr (C::kBias) {
         computer.run_inline();
+      } else {
+        computer.run();
       }
     } else if (group == 1) {
       BwdHalf<C, T, true>{{arguments, shared}}.run();
@@ -306,7 +355,9 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                           cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   static_assert(Score<T>::kArgument == Score<T>::kSlope, "one factor for both");
-  const BwdWorkspace tables = BwdWorkspace::plan(params, C::kDim, C::kQueries, nullptr);
+  // Scores begin from the bias over alpha; beside a bias 2^-60 of a product is nothing.
+  double alpha = a.alpha;
+  if (C::kBias && std::abs(alpha) < 0x1p-60) alpha = 0x1p-60;
   BwdArguments arguments{{},
                          {},
                          {},
@@ -315,10 +366,10 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          key_schedule(a),
                          Tickets(scratch.key_tickets),
                          scratch.sums,
-                         tables.position,
-                         tables.time,
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
-                         static_cast<float>(a.scale.value)};
+                         static_cast<float>(a.scale.value),
+                         static_cast<float>(alpha) * Score<T>::kArgument,
+                         static_cast<float>(1 / alpha)};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
@@ -355,11 +406,8 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, int process
 // With a relative bias, not deterministic.
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
-  const BwdWorkspace tables = BwdWorkspace::plan(params, kDim, 64, nullptr);
-  for (const TableSums* t : {&tables.position, &tables.time})
-    if (t->sums) HSTU_TRY(cudaMemsetAsync(t->sums, 0, t->entries * sizeof(float), stream));
   const BwdScratch scratch(params, kDim, memory);
-  return attention_bwd_sums<BwdBiasConfig<kDim, RelativeBias>, T>(params, scratch, processors, stream);
+  return attention_bwd_sums<BwdBiasConfig<kDim>, T>(params, scratch, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -1,8 +1,8 @@
 // Tile sizes of the Hopper backward by compiled head dimension, and the limits they must keep.
 #pragma once
 
-#include "cuda/sm90/bwd_bias_plan.h"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/fwd_bias.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -15,9 +15,8 @@ namespace hstu_ops::cuda::sm90 {
 // Where kQuerySums, they find dQ, too, which is added up in global memory: each has 64 of the queries or, of 64
 // queries, half of the columns; or each has every third tile's (kTurns). One more warpgroup feeds them.
 template <int kDim_, bool kQuerySums_, int kQueries_, int kKeyStages_, int kValueStages_, int kQueryStages_,
-          int kGradStages_, class Bias_ = NoBias, int kGroups_ = 2>
+          int kGradStages_, int kGroups_ = 2>
 struct BwdShape {
-  using Bias = Bias_;
   static constexpr int kDim = kDim_, kQueries = kQueries_;
   static constexpr bool kQuerySums = kQuerySums_, kSplitKeys = kDim <= 128;
   static constexpr int kGroups = kGroups_, kThreads = 128 * (kGroups + 1), kKeys = kSplitKeys ? 64 * kGroups : 64;
@@ -31,12 +30,17 @@ struct BwdShape {
   static constexpr bool kTurns = kGroups == 3;
   static constexpr int kSumStages = 2;                                // of dQ on its way out
   static constexpr int kSumBytes = kQuerySums ? 64 * kPanel * 4 : 0;  // each
-  static constexpr int kBiasBytes = std::is_same_v<Bias, RelativeBias> ? BwdBiasPlan<kQueries>::kBytes : 0;
   static constexpr int kSharedBytes = (kKeyStages + kValueStages) * kKeyBytes +
                                       (kQueryStages + kGradStages) * kQueryBytes + kScoreStages * kScoreBytes +
-                                      kSlopeStages * kSlopeBytes + kSumStages * kSumBytes + kBiasBytes + 1024;
+                                      kSlopeStages * kSlopeBytes + kSumStages * kSumBytes + 1024;
   static constexpr int kClaimTiles = kTurns ? 2 : 1;  // left of an item when the next one is claimed
   // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
+  // Of a relative bias: see BwdBiasShape.
+  static constexpr bool kBias = false;
+  using Relative = BiasShape<kKeys, true, 1, 1, 1>;
+  using Notes = NoteQueue<Relative, 1, 1>;
+  static constexpr int kBiasStages = 1, kBiasStageBytes = 0;
+  static constexpr int kTimeRows = 1;  // whose times a block keeps
   static constexpr int kLoadRegisters = kGroups == 2 ? 40 : 32, kComputeRegisters = kGroups == 2 ? 232 : 160;
   static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(kQueries == 64 || kQueries == 128, "one or two panels of dS");
@@ -48,17 +52,32 @@ struct BwdConfig;
 template <bool kQuerySums>
 struct BwdConfig<64, kQuerySums> : BwdShape<64, kQuerySums, 128, 2, 2, 2, 2> {};
 template <>
-struct BwdConfig<64, true> : BwdShape<64, true, 64, 2, 2, 3, 3, NoBias, 3> {};
+struct BwdConfig<64, true> : BwdShape<64, true, 64, 2, 2, 3, 3, 3> {};
 template <bool kQuerySums>
 struct BwdConfig<128, kQuerySums> : BwdShape<128, kQuerySums, 64, 2, 1, 2, 2> {};
-// With a bias, whose scratch takes the place of keys loaded ahead.
-template <int kDim, class Bias>
-struct BwdBiasConfig;
-template <class Bias>
-struct BwdBiasConfig<64, Bias> : BwdShape<64, true, 128, 1, 1, 2, 2, Bias> {};
-template <class Bias>
-struct BwdBiasConfig<128, Bias> : BwdShape<128, true, 64, 1, 1, 2, 2, Bias> {};
 template <>
 struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
+
+// With relative bias, which takes the place of keys loaded ahead.
+template <class Shape, int kCells, int kNotedTiles, int kLoads, int kCompute>
+struct BwdBiasShape : Shape {
+  static constexpr bool kBias = true;
+  using Relative = BiasShape<Shape::kKeys, true, kCells, kNotedTiles, 4>;
+  using Notes = NoteQueue<Relative, 1, 2 * kNotedTiles>;
+  static constexpr int kBiasStages = 4, kBiasStageBytes = BiasStage<Relative>::kBytes;
+  static constexpr int kBiasBytes = BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes;
+  static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes;
+  static constexpr int kTimeRows = Shape::kKeys;
+  static constexpr int kClaimTiles = Shape::kClaimTiles + 2;  // notes take longer than tiles to load
+  static constexpr int kLoadRegisters = kLoads, kComputeRegisters = kCompute;
+  static_assert(kSharedBytes + 2048 + 2 * kTimeRows * 5 <= kSharedMemory, "barriers and jobs take 2 KB");
+  static_assert(Shape::kQueries == Relative::kCols);
+};
+template <int kDim>
+struct BwdBiasConfig;
+template <>
+struct BwdBiasConfig<64> : BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 3>, 4096, 2, 32, 160> {};
+template <>
+struct BwdBiasConfig<128> : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, 2432, 4, 40, 232> {};
 
 }  // namespace hstu_ops::cuda::sm90

@@ -4,7 +4,6 @@
 
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/wgmma.h"
-#include "cuda/sm90/bwd_bias.h"
 #include "cuda/sm90/bwd_load.h"
 #include "cuda/sm90/bwd_store.h"
 #include "cuda/tile/fragment.h"
@@ -20,14 +19,13 @@ struct BwdGroup {
   using Sums = float[C::kDim / 2];
   using Part = Accumulator<1, 8>;  // of the tile's queries: what the mask works on at a time
   struct Bits {
-    unsigned words[C::kQueries / 64];  // a bit for each of a lane's values of a part: is it kept
+    unsigned words[C::kQueries / 64];  // of a part: bit 8 e + 7 - n says whether a lane's value [n][e] is kept
   };
 
   const BwdArguments& arguments;
   const BwdStorage<C, T>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
 
-  __device__ BwdBias<C, T> bias(const Job& job) const { return {arguments, shared, job}; }
   __device__ BwdBarriers<C>& barrier() const { return shared.state.barrier; }
   __device__ int thread() const { return threadIdx.x % 128; }
   __device__ int warp_key() const { return (C::kSplitKeys ? group * 64 : 0) + thread() / 32 * 16; }
@@ -54,14 +52,15 @@ struct BwdGroup {
         ptx::st_shared(panel + p * panel_rows * 128 + at * 16, make_uint4(0, 0, 0, 0));
   }
 
-  // S' = K Q' or dP' = V dO', begun: `left` and `right` are first panels.
+  // S' = K Q' or dP' = V dO', begun: `left` and `right` are first panels. kAdd: s has something to start from.
+  template <bool kAdd = false>
   __device__ __forceinline__ void multiply_scores(Scores& s, uint32_t left, uint32_t right) const {
     const ptx::Descriptor a(left + (C::kSplitKeys ? group * 64 * 128 : 0)), b(right);
 #pragma unroll
     for (int step = 0; step < C::kDim / 16; ++step) {
       const int panel = step / 4, inside = step % 4 * 32;
       ptx::Wgmma<C::kQueries, T>::multiply_rows(s, a.at(panel * C::kKeys * 128 + inside),
-                                                b.at(panel * C::kQueries * 128 + inside), step > 0);
+                                                b.at(panel * C::kQueries * 128 + inside), kAdd || step > 0);
     }
     ptx::wgmma_commit();
   }
@@ -114,36 +113,36 @@ struct BwdGroup {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const unsigned mine = __shfl_sync(~0u, b.words[n / 4], n % 4 * 8 + lane_col() + c) >> lane_row();
-          bits.words[i] |= ((mine & 1) | (mine >> 6 & 4)) << (n * 4 + c);
+          bits.words[i] |= ((mine & 1) | (mine << 8 & 0x10000)) << (8 * c + 7 - n);
         }
     }
     return bits;
   }
 
-  __device__ static __forceinline__ void mask_part(unsigned kept, Part& a, Part& b) {
+  // Rounded pairs: half as many values as before, and registers for what tells them apart.
+  __device__ static __forceinline__ void mask_part(unsigned kept, Operand& a, Operand& b, int step) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i)
-      if (!(kept >> i & 1)) a.x[0][i / 4][i % 4] = b.x[0][i / 4][i % 4] = 0.f;
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t mask = h ? ptx::spread_signs<3, 2>(kept << n) : ptx::spread_signs<1, 0>(kept << n);
+        a[step + n / 2][n % 2 * 2 + h] &= mask, b[step + n / 2][n % 2 * 2 + h] &= mask;
+      }
   }
 
-  // P' and dS' of the tile, out of S' and dP', as operands. slots(): see BwdBias::sum.
-  template <class Slots>
-  __device__ __forceinline__ void score(const Job& job, BwdTile tile, Bits& bits, Scores& s, Scores& d, Operand& p,
-                                        Operand& ds, Slots&& slots) const {
+  // P' and dS' of the tile, out of S' and dP', as operands.
+  __device__ __forceinline__ void score(const Job& job, BwdTile tile, const Bits& bits, Scores& s, Scores& d,
+                                        Operand& p, Operand& ds) const {
     const bool per_row = arguments.params.problem.scale.per_row;
 #pragma unroll
     for (int i = 0; i < C::kQueries / 64; ++i) {
       Part &u = reinterpret_cast<Part&>(s[i * 32]), &g = reinterpret_cast<Part&>(d[i * 32]);
-      bias(job).add(u, i, arguments.alpha);
+      u.each([this](float& x, int, int) { x *= arguments.score_alpha; });
       Score<T>::differentiate(u, g);
-      if (!tile.covered(group)) {
-        bias(job).get_bits(bits);
-        mask_part(bits.words[i], u, g);
-      }
       if (per_row) apply_row_scale(job, tile.tile() * C::kQueries + i * 64, u, g);
       round(u, p, i * 4);
       round(g, ds, i * 4);
-      bias(job).sum({reinterpret_cast<const uint32_t(&)[4][4]>(ds[i * 4])}, i, slots);
+      if (!tile.covered(group)) mask_part(bits.words[i], p, ds, i * 4);
     }
   }
 

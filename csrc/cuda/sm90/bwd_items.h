@@ -34,14 +34,29 @@ class BwdTile {
 // An item, found by one warp for all others.
 struct BwdJob {
   Job job;
-  bool more;    // false: the block is done
-  bool rising;  // the times of its queries do not fall
+  bool more;  // false: the block is done
+};
+
+// Of its keys, where a bias needs them: low words of their times; the smallest and the largest of each 16
+// (bias_notes.h).
+template <class C>
+struct BwdRows {
+  int times[C::kTimeRows];
+  longlong2 ends[C::kTimeRows / 16 + 1];
 };
 
 // 32 tiles in a row of an item, found by that warp for the one that loads them.
 struct TilePart {
   BwdTile tiles[32];  // visited or not
   bool last;          // of the item
+};
+
+// A tile of queries in preparation: its first row of the mask, the smallest and the largest of its times
+// (BiasShape::time).
+struct BwdColumns {
+  BwdTile tile;
+  longlong2 ends;
+  int row;
 };
 
 // Tile `index` as the item's keys see it.

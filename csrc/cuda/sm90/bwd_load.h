@@ -1,32 +1,12 @@
 // The warps of the Hopper backward that feed the others: one finds items, one requests their tiles.
 #pragma once
 
-#include "core/params.h"
 #include "cuda/ptx/tma.h"
-#include "cuda/sm90/bwd_storage.h"
-#include "cuda/sm90/ring.h"
-#include "cuda/sm90/tickets.h"
-#include "cuda/tile/schedule.h"
+#include "cuda/sm90/bwd_bias_prepare.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-struct BwdArguments {
-  CUtensorMap q, k, v, grad_out;
-  AttentionBwdParams params;
-  Schedule schedule;
-  Tickets tickets;  // of items: whoever is done first takes the next, since items differ in length
-  float* sums;      // of dQ: see bwd_sums.h
-  TableSums position, time;
-  float alpha, scale;  // alpha: as much of it as scores take, and as dQ and dK take
-};
-
 // ---- the finding warp ----
-
-__device__ inline void check_times(const AttentionProblem& problem, BwdJob& job) {
-  const TimeTerm time(problem.relative, job.job.sequence, job.job.item.head, nullptr);
-  const bool rising = !time.weight || __all_sync(~0u, time.rising<true>(lane_id(), 32));
-  if (lane_id() == 0) job.rising = rising;
-}
 
 // Classifies an item's tiles, 32 at once, and hands them over.
 template <class C, class T>
@@ -63,8 +43,6 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
       if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
     }
     __syncwarp();
-    if constexpr (std::is_same_v<typename C::Bias, RelativeBias>)
-      if (more) check_times(problem, job);
     if (lane_id() == 0) state.barrier.job.full[found.stage<kBwdJobs>()].arrive();
     if (!more) break;
     find_tiles(shared, job.job, parts);
@@ -99,7 +77,6 @@ struct BwdLoader {
     if (lane_id() == 0)
       load(arguments.grad_out, barrier.grad.full[tiles.stage<C::kGradStages>()],
            shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base, C::kQueries, head, row);
-    tiles.next();
   }
 
   __device__ void load_keys(const Job& job) {
@@ -118,6 +95,21 @@ struct BwdLoader {
   // The next item is claimed only now, near the end of this one: whoever is ahead takes more.
   __device__ void want_item() const {
     if (lane_id() == 0) shared.state.barrier.wanted.arrive();
+  }
+
+  __device__ __forceinline__ void fill_bias(const Job& job, BwdTile tile) const {
+    if constexpr (C::kBias) BwdFiller<C, T>{arguments, shared, tiles}.fill(job, tile);
+  }
+  // The first tile's bias may come later than the item's keys, that of others comes before their queries: its stage is
+  // free earlier.
+  __device__ __forceinline__ void load_tile(const Job& job, BwdTile tile, bool first) {
+    if (C::kBias && !first) fill_bias(job, tile);
+    load_queries(job, tile);
+    if (first) {
+      load_keys(job);  // their stage is free later than that of queries
+      if (C::kBias) fill_bias(job, tile);
+    }
+    tiles.next();
   }
 
   __device__ void load_item(const Job& job) {
@@ -141,8 +133,8 @@ struct BwdLoader {
         tile = BwdTile(0), pending = true;  // an item has a tile, even if nothing of it is kept
       if (pending) {                        // by now it is known whether it is the last
         if (left == 0) tile.set_last();
-        load_queries(job, tile);
-        if (!keys) load_keys(job), keys = true;  // their stage is free later than that of queries
+        load_tile(job, tile, !keys);
+        keys = true;
       }
       if (left == 0) return;
       tile = mine.of_lane(__ffs(left) - 1), left &= left - 1, pending = true;

@@ -2,20 +2,38 @@
 //
 // Barriers, each with the arrivals that complete it:
 //
-//   job_full    the finding warp               job_empty    each computing warpgroup, and the loading warp
-//   part_full   the finding warp               part_empty   the loading warp
+//   job_full    the finding warp               job_empty    each computing warpgroup, the loading and noting warps
+//   part_full   the finding warp               part_empty   the loading and noting warps
 //   wanted      the loading warp, near the end of an item: the next may be claimed
 //   key_full    the loading lane, the bytes    key_empty    each computing warpgroup; value_*, query_*, grad_* likewise
 //   score_full  each warp that writes dS       score_empty  each computing warpgroup, or the one whose turn it is
 //   slope_full  each warp that writes slopes   slope_empty  each warp that reads them
+//   notes_full  the noting warp                notes_empty  the loading warp
+//   bias_full   each loading lane's copies, and the loading warp
+//                                              bias_empty   each computing warpgroup
 //   sum_full    each warp of the warpgroup     sum_empty    the lane that adds to global memory
 #pragma once
 
+#include "core/params.h"
+#include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_config.h"
 #include "cuda/sm90/bwd_items.h"
 #include "cuda/sm90/gate.h"
+#include "cuda/sm90/ring.h"
+#include "cuda/sm90/tickets.h"
+#include "cuda/tile/schedule.h"
 
 namespace hstu_ops::cuda::sm90 {
+
+struct BwdArguments {
+  CUtensorMap q, k, v, grad_out;
+  AttentionBwdParams params;
+  Schedule schedule;
+  Tickets tickets;                 // of items: whoever is done first takes the next, since items differ in length
+  float* sums;                     // of dQ: see bwd_sums.h
+  float alpha, scale;              // alpha: as much of it as dQ and dK take
+  float score_alpha, bias_factor;  // of scores, and of a bias that they begin from
+};
 
 constexpr int kBwdJobs = 2;  // an item and the next
 
@@ -35,14 +53,16 @@ struct BwdBarriers {
   Gate<C::kGradStages> grad;
   Gate<C::kScoreStages> score;
   Gate<2> slope;
+  Gate<C::Notes::kTiles> notes;
+  Gate<C::kBiasStages> bias;
   Gate<1> sum[C::kSumStages];
 
   __device__ void init() {
-    job.init(1, C::kGroups + 1), part.init(1, 1), wanted.init(1);
+    job.init(1, C::kGroups + 1 + C::kBias), part.init(1, 1 + C::kBias), wanted.init(1);
     key.init(1, C::kGroups), value.init(1, C::kGroups);
     query.init(1, C::kGroups), grad.init(1, C::kGroups);
     score.init(C::kSplitKeys ? 4 * C::kGroups : 4, C::kTurns ? 1 : C::kGroups);
-    slope.init(4, 4);
+    slope.init(4, 4), notes.init(1, 1), bias.init(32 + 1, C::kGroups);
     for (Gate<1>& s : sum) s.init(4, 1);
     ptx::fence_mbarrier_init();
   }
@@ -54,10 +74,20 @@ struct SumJob {
   int bytes;  // negative: the block is done
 };
 
+// Of the noting warp.
+struct BwdProgress {
+  Count items, parts, tiles;  // so far
+  unsigned left;              // tiles of the part: a bit each
+  bool some;                  // of the item so far
+};
+
 template <class C>
 struct BwdState {
   BwdBarriers<C> barrier;
   BwdJob jobs[kBwdJobs];
+  BwdRows<C> rows[kBwdJobs];
+  BwdColumns columns[C::Notes::kTiles];
+  BwdProgress progress;
   TilePart parts[kBwdParts];
   BwdTile tiles[kBwdTiles];
   SumJob sums[C::kSumStages];
@@ -96,7 +126,11 @@ struct BwdStorage {
     return {base + kScores + stage * C::kScoreBytes + panel * C::kKeys * 128};
   }
   __device__ uint32_t slopes(int stage) const { return base + kSlopes + stage * C::kSlopeBytes; }
-  __device__ uint32_t bias() const { return base + kBias; }
+  __device__ BiasTables<typename C::Relative> bias_tables() const { return {base + kBias}; }
+  __device__ uint32_t bias_stage(int stage) const {
+    return base + kBias + BiasTables<typename C::Relative>::kBytes + stage * C::kBiasStageBytes;
+  }
+  __device__ typename C::Notes notes() const { return {bias_stage(C::kBiasStages)}; }
   __device__ uint32_t sums(int stage) const { return base + kSums + stage * C::kSumBytes; }
 };
 

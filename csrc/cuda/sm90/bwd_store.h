@@ -18,6 +18,7 @@ __device__ __forceinline__ void swap_halves(uint32_t& low, uint32_t& high, int b
 template <class T, int kDim>
 __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
                                            const float (&factors)[2]) {
+  const int first = lane_id() % 4 * 8, left = to.dim - first;  // columns: constants from here on take no registers
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int at = row + h * 8 + lane_row();
@@ -33,14 +34,14 @@ __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int
       swap_halves(x[1], x[3], 2);
       swap_halves(x[0], x[1], 1);
       swap_halves(x[2], x[3], 1);
-      const int col = block * 32 + lane_id() % 4 * 8;
-      if (!exists(at, rows) || col >= to.dim) continue;
-      T* target = to.data + at * to.row_stride + col;
+      const int col = block * 32;
+      if (!exists(at, rows) || col >= left) continue;
+      T* target = to.data + at * to.row_stride + first + col;
       const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);
-      if (to.aligned && col + 8 <= to.dim) {
+      if (to.aligned && col + 8 <= left) {
         ptx::st_global(target, chunk);
       } else {
-        scatter_chunk(target, chunk, to.dim - col);
+        scatter_chunk(target, chunk, left - col);
       }
     }
   }

@@ -41,16 +41,17 @@ __device__ __forceinline__ void put_sums(uint32_t shared, int warp_row, int64_t 
   }
 }
 
-// The lane that adds what waits in place `stage`.
-template <class C, class T>
-__device__ void add_sums(const BwdStorage<C, T>& shared, int stage) {
-  Gate<1>& gate = shared.state.barrier.sum[stage];
-  for (Ring<1> ring;; ring.next()) {
+// The lane that adds what waits in kPlaces places from `first` on, which are used in turn.
+template <int kPlaces, class C, class T>
+__device__ void add_sums(const BwdStorage<C, T>& shared, int first) {
+  for (Ring<kPlaces> ring;; ring.next()) {
+    const int place = first + ring.stage;
+    Gate<1>& gate = shared.state.barrier.sum[place];
     gate.full[0].wait(ring.round);
-    const SumJob job = shared.state.sums[stage];
+    const SumJob job = shared.state.sums[place];
     if (job.bytes < 0) break;
     if (job.bytes > 0) {
-      ptx::bulk_add(job.to, shared.sums(stage), job.bytes);
+      ptx::bulk_add(job.to, shared.sums(place), job.bytes);
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
     }

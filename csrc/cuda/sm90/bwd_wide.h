@@ -71,7 +71,7 @@ struct BwdHalf : BwdGroup<C, T> {
       Operand slopes;
 #pragma unroll
       for (int i = 0; i < C::kQueries / 2; ++i) d[i] = 1.f;
-      score(job, tile, bits, s, d, x, slopes, [] { return 0u; });
+      score(job, tile, bits, s, d, x, slopes);
       put_slopes(slopes);
     } else {
       apply_slopes(s, x);

@@ -110,12 +110,6 @@ struct FwdLoader {
   }
 };
 
-// A barrier of warps whose lanes may have taken different ways to it.
-__device__ __forceinline__ void meet(int id, int threads) {
-  __syncwarp();
-  ptx::named_barrier_sync(id, threads);
-}
-
 // ---- a computing warpgroup ----
 
 __device__ __forceinline__ uint32_t scaled(uint32_t pair, float factor) {

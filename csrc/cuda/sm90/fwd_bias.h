@@ -1,13 +1,44 @@
-// What the Hopper forward keeps of relative bias in shared memory: written by two warps of the loading warpgroup, tile
-// by tile beside the keys (fwd_bias_prepare.h), read by the computing ones (fwd_bias_add.h).
+// What the Hopper kernels keep of relative bias in shared memory: written by warps of the loading warpgroup, tile by
+// tile beside what is loaded (fwd_bias_prepare.h, bwd_bias_prepare.h), read by the computing ones (fwd_bias_add.h).
 #pragma once
 
+#include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/memory.h"
+#include "cuda/ptx/named_barrier.h"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias_cells.h"
 #include "cuda/tile/bias.h"
 
 namespace hstu_ops::cuda::sm90 {
+
+// A barrier of warps whose lanes may have taken different ways to it.
+__device__ __forceinline__ void meet(int id, int threads) {
+  __syncwarp();
+  ptx::named_barrier_sync(id, threads);
+}
+
+// The lane, read where it is used: not kept in registers from tile to tile.
+struct Lane {
+  const int id = ptx::thread_index() & 31;
+
+  __device__ int row() const { return id >> 2; }
+  __device__ int col() const { return (id & 3) * 2; }
+};
+
+// A block's kRows rows, 16 a warp, and tiles of kCols columns: queries and keys or, if kTransposed, the reverse.
+// kCells: what tiles leave room for; kNotedTiles: looked at together; kBatch: tensor core tiles whose look-ups are in
+// flight together.
+template <int kRows_, bool kTransposed_, int kCells_, int kNotedTiles_, int kBatch_>
+struct BiasShape {
+  static constexpr int kRows = kRows_, kCols = 64, kCells = kCells_;
+  static constexpr int kNotedTiles = kNotedTiles_, kBatch = kBatch_;
+  static constexpr bool kTransposed = kTransposed_;
+
+  // Times such that a gap is that of the row less that of the column.
+  __device__ static long long time(int64_t x) { return kTransposed ? static_cast<long long>(0ull - x) : x; }
+  // Of one and the next, if those of queries and keys rise.
+  __device__ static bool in_order(long long x, long long next) { return kTransposed ? x >= next : x <= next; }
+};
 
 // A warp's note of a tile, in shared memory. No bits: there is one bucket of times, or no time term.
 struct WarpNote {
@@ -16,8 +47,9 @@ struct WarpNote {
   static constexpr unsigned kOneOctave = 8;     // those of one octave, the shift of which is code / kShift % 32
   static constexpr unsigned kSearch = 16;       // any of `buckets` behind bucket `first`
   static constexpr unsigned kElementwise = 32;  // the position term is not one weight a diagonal
+  static constexpr unsigned kOneByOne = kSearch | kElementwise, kBlockwise = kOneByOne | kCells;
   static constexpr unsigned kShift = 64;
-  static constexpr unsigned kBlocks = 32 * kShift;  // code / kBlocks: of that many blocks of 8 columns rows keep some
+  static constexpr unsigned kBlocks = 32 * kShift;  // code / kBlocks: see kept_block()
   static constexpr int kMostSteps = 3, kBytes = 8 + kMostSteps * 8;
 
   uint32_t at;
@@ -26,12 +58,19 @@ struct WarpNote {
   __device__ void set(unsigned code, float weight) const {
     ptx::st_shared(at, make_int2(code, __float_as_int(weight)));
   }
+  // Of the eight blocks of 8 columns, rows keep some of the first ones only; or, transposed, of the last ones only.
+  template <bool kTransposed>
+  __device__ static bool kept_block(unsigned code, int block, int count) {
+    const int blocks = static_cast<int>(code / kBlocks);
+    return kTransposed ? block + count > blocks : block < blocks;
+  }
   __device__ int2 head() const { return ptx::ld_shared_int_v2(at); }
   __device__ void mark(unsigned bits) const { ptx::red_shared_or(at, bits); }
 
-  // Boundary i: gaps from `boundary` on have `change` more, where the tile's first key has time `left`.
-  __device__ void set_step(int i, int64_t boundary, int64_t left, float change) const {
-    ptx::st_shared(at + 8 + i * 8, make_int2(static_cast<int>(-boundary - left), __float_as_int(change)));
+  // Boundary i: gaps from `boundary` on have `change` more, where the tile's columns have times from `left` on; low
+  // words.
+  __device__ void set_step(int i, int boundary, int left, float change) const {
+    ptx::st_shared(at + 8 + i * 8, make_int2(static_cast<int>(0u - boundary - left), __float_as_int(change)));
   }
   __device__ int2 step(int i) const { return ptx::ld_shared_int_v2(at + 8 + i * 8); }
 
@@ -40,21 +79,21 @@ struct WarpNote {
   __device__ int2 words() const { return step(0); }
 };
 
-// What a stage holds of relative bias besides its tile of keys.
-template <class C>
+// What a stage holds of relative bias besides its tile.
+template <class B>
 class BiasStage {
  public:
-  static constexpr int kWarps = C::kRows / 16;
+  static constexpr int kWarps = B::kRows / 16;
   // Entry e of the window is the weight of column j and row i with e = j - i + kRows - 1. It is there twice, the second
   // time one word further on: pairs of columns are aligned in one of them, and both are read without bank conflicts.
-  static constexpr int kWindow = C::kRows + C::kCols;
+  static constexpr int kWindow = B::kRows + B::kCols;
 
   __device__ explicit BiasStage(uint32_t base) : base_(base) {}
 
-  // What a warp writes of a stage: lane i has entries i, i + 32, ... of the window, and times of keys.
+  // What a warp writes of a stage: lane i has entries i, i + 32, ... of the window, and times of columns.
   struct Part {
     float weights[kWindow / 32];
-    int times[C::kCols / 32];
+    int times[B::kCols / 32];
   };
   __device__ __forceinline__ void write_window(const Part& part) const {
 #pragma unroll
@@ -63,27 +102,35 @@ class BiasStage {
       for (int copy = 0; copy < 2; ++copy)
         ptx::st_shared(base_ + copy * kCopy + (i * 32 + lane_id()) * 4, __float_as_uint(part.weights[i]));
   }
-  __device__ __forceinline__ void write_times(const Part& part) const {
-    const int left = __shfl_sync(~0u, part.times[0], 0);
+  // One entry, asynchronously.
+  __device__ __forceinline__ void copy_weight(int entry, const float* from) const {
 #pragma unroll
-    for (int i = 0; i < C::kCols / 32; ++i)
-      ptx::st_shared(time(i * 32 + lane_id()), static_cast<uint32_t>(0u + part.times[i] - left));
-    if (lane_id() == 0) ptx::st_shared(base_ + kLeft, static_cast<uint32_t>(left));
+    for (int copy = 0; copy < 2; ++copy) ptx::cp_async_4(base_ + copy * kCopy + entry * 4, from);
+  }
+  __device__ __forceinline__ void write_times(const int (&times)[B::kCols / 32], int lane) const {
+    const int left = B::kTransposed ? __shfl_sync(~0u, times[B::kCols / 32 - 1], 31) : __shfl_sync(~0u, times[0], 0);
+#pragma unroll
+    for (int i = 0; i < B::kCols / 32; ++i)
+      ptx::st_shared(time(i * 32 + lane), static_cast<uint32_t>(0u + times[i] - left));
+    if (lane == 0) ptx::st_shared(base_ + kLeft, static_cast<uint32_t>(left));
   }
 
-  // Of entries e and e + 1, from the base of the stage on.
-  __device__ static int pair(int e) { return e * 4 + (e & 1) * kCopy; }
+  // Of entries e and e + 1, from the base of the stage on: those of row `row` and columns from `col` on.
+  __device__ static int pair(int row, int col) {
+    const int e = col - row + B::kRows - 1;
+    return e * 4 + (e & 1) * kCopy;
+  }
   __device__ float2 weights(int pair) const { return ptx::ld_shared_v2(base_ + pair); }
 
-  // Times of keys from that of the first one on, and the low word of that: differences of times less than 2^31 apart
-  // are right.
-  __device__ uint32_t time(int key) const { return base_ + kTimes + key * 4; }
+  // Times of columns from the smallest on, if they are in order, and the low word of that: differences of times less
+  // than 2^31 apart are right.
+  __device__ uint32_t time(int col) const { return base_ + kTimes + col * 4; }
   __device__ int left() const { return ptx::ld_shared_int(base_ + kLeft); }
 
   __device__ WarpNote note(int warp) const { return {base_ + kNotes + warp * WarpNote::kBytes}; }
 
  private:
-  static constexpr int kCopy = (kWindow + 17) * 4, kTimes = 2 * (kCopy + 12), kNotes = kTimes + C::kCols * 4,
+  static constexpr int kCopy = (kWindow + 17) * 4, kTimes = 2 * (kCopy + 12), kNotes = kTimes + B::kCols * 4,
                        kLeft = kNotes + kWarps * WarpNote::kBytes;
   static_assert(kWindow % 32 == 0 && kNotes % 16 == 0);
 
@@ -94,25 +141,23 @@ class BiasStage {
   uint32_t base_;
 };
 
-// Notes on their way to the stages: of kTiles tiles at a time, in two buffers.
-template <class C>
+// Notes on their way to the stages, of kTiles tiles in each buffer.
+template <class B, int kBuffers_, int kTiles_>
 struct NoteQueue {
-  static constexpr int kTiles = C::kDim == 256 ? 4 : 8, kBuffers = 2;
-  static constexpr int kBytes = kBuffers * kTiles * BiasStage<C>::kWarps * WarpNote::kBytes;
+  static constexpr int kTiles = kTiles_, kBuffers = kBuffers_;
+  static constexpr int kBytes = kBuffers * kTiles * BiasStage<B>::kWarps * WarpNote::kBytes;
 
   uint32_t base;
 
   __device__ WarpNote at(int buffer, int tile, int warp) const {
-    return {base + ((buffer * kTiles + tile) * BiasStage<C>::kWarps + warp) * WarpNote::kBytes};
+    return {base + ((buffer * kTiles + tile) * BiasStage<B>::kWarps + warp) * WarpNote::kBytes};
   }
 };
 
 // What a block holds of relative bias: cells of the look-up and zeros in the place of weights.
-template <class C>
+template <class B>
 struct BiasTables {
-  using Cells = BiasCells<C::kDim == 256   ? 560
-                          : C::kDim == 128 ? 4352
-                                           : 5120>;  // what the tiles of keys leave room for
+  using Cells = BiasCells<B::kCells>;
   static constexpr int kBytes = Cells::kBytes;
 
   uint32_t base;

@@ -1,13 +1,14 @@
-// How a computing warp of the Hopper forward adds the bias to its scores, beside the product that came before. Relative
-// bias: one note and the weights of the diagonals from shared memory, and where the note says so a comparison of each
-// score with a boundary of times, or a look-up. Dense bias is read from global memory.
+// How a computing warp of the Hopper kernels adds the bias to its scores, in the forward beside the product that came
+// before. Relative bias: one note and the weights of the diagonals from shared memory, and where the note says so a
+// comparison of each score with a boundary of times, or a look-up. Dense bias is read from global memory.
 #pragma once
 
 #include "cuda/sm90/fwd_bias_time.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-// Weights by logical position of rows `row` and row + 8, columns `col` and col + 1.
+// Weights by logical position of rows `row` and row + 8, columns `col` and col + 1; kTransposed: rows are keys.
+template <bool kTransposed>
 __device__ __forceinline__ void find_positions(const AttentionProblem& problem, const Job& job, int row, int col,
                                                float (&x)[4]) {
   const PositionTerm position(problem.relative, job.item.head);
@@ -17,17 +18,21 @@ __device__ __forceinline__ void find_positions(const AttentionProblem& problem, 
     const int at = job.sequence.mask.position(col + c);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      x[2 * r + c] = ptx::ld_global(position.weight + position_index(rows[r], at, position.positions));
+      x[2 * r + c] = ptx::ld_global(position.weight + (kTransposed ? position_index(at, rows[r], position.positions)
+                                                                   : position_index(rows[r], at, position.positions)));
   }
 }
 
 // Weights by time of the same, by binary search among buckets first to last, for any times.
+template <bool kTransposed>
 __device__ __forceinline__ void search(const TimeTerm& time, int row, int col, int first, int last, float (&x)[4]) {
   int64_t gap[4];
   int bucket[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    gap[e] = time_gap(time.query_time(row + e / 2 * 8), time.key_time(col + e % 2));
+    const int i = row + e / 2 * 8, j = col + e % 2;
+    gap[e] =
+        kTransposed ? time_gap(time.query_time(j), time.key_time(i)) : time_gap(time.query_time(i), time.key_time(j));
     bucket[e] = first;
   }
 #pragma unroll 1
@@ -41,7 +46,7 @@ __device__ __forceinline__ void search(const TimeTerm& time, int row, int col, i
 
 // The terms that a tile's note has no shortcut for. Half of the scores at a time wait in 2 KB of shared memory, so that
 // the loop is rolled and finds registers.
-template <class C>
+template <bool kTransposed>
 __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, const Job& job, const WarpNote& note,
                                                unsigned code, const BiasTile& at, float argument,
                                                Accumulator<1, 8>& s) {
@@ -53,9 +58,9 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
     float(&x)[8][4] = s.x[0];
 #pragma unroll
     for (int n = 0; n < 4; ++n) ptx::st_shared(slot + n * 512, *reinterpret_cast<const float4*>(x[half * 4 + n]));
-    const int blocks = static_cast<int>(code / WarpNote::kBlocks) - half * 4;
 #pragma unroll 1
-    for (int n = 0; n < min_int(blocks, 4); ++n) {
+    for (int n = 0; n < 4; ++n) {
+      if (!WarpNote::kept_block<kTransposed>(code, half * 4 + n, 1)) continue;
       const int col = half * 32 + n * 8 + lane.col();
       const auto add = [&](const float(&b)[4]) {
         const float4 y = ptx::ld_shared_v4(slot + n * 512);
@@ -64,13 +69,13 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
       };
       float b[4];
       if (code & WarpNote::kElementwise) {
-        find_positions(problem, job, row, at.col + col, b);
+        find_positions<kTransposed>(problem, job, row, at.col + col, b);
         add(b);
       }
       if (!(code & WarpNote::kSearch)) continue;
       const TimeTerm time(problem.relative, job.sequence, job.item.head, nullptr);
       const int2 buckets = note.words();
-      search(time, row, at.col + col, buckets.x, buckets.x + buckets.y, b);
+      search<kTransposed>(time, row, at.col + col, buckets.x, buckets.x + buckets.y, b);
       add(b);
     }
 #pragma unroll
@@ -88,13 +93,13 @@ struct TileBias;
 
 template <class C>
 struct TileBias<C, NoBias> {
-  __device__ TileBias(uint32_t, BiasTables<C>, const BiasTile&) {}
+  __device__ TileBias(uint32_t, BiasTables<typename C::Relative>, const BiasTile&) {}
   __device__ void load(float) {}
 };
 
 template <class C>
 struct TileBias<C, DenseBias> {
-  __device__ TileBias(uint32_t, BiasTables<C>, const BiasTile&) {}
+  __device__ TileBias(uint32_t, BiasTables<typename C::Relative>, const BiasTile&) {}
   __device__ void load(float) {}
 
   __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
@@ -126,20 +131,21 @@ struct TileBias<C, DenseBias> {
 
 template <class C>
 struct TileBias<C, RelativeBias> {
-  BiasStage<C> stage;
-  BiasTables<C> tables;
+  using B = typename C::Relative;
+  BiasStage<B> stage;
+  BiasTables<B> tables;
   WarpNote note;
   unsigned code;
   float weight;  // of the first bucket
   int pair;
   float2 diagonals[9];  // and of the position term, together
 
-  __device__ __forceinline__ TileBias(uint32_t base, BiasTables<C> tables, const BiasTile& at)
+  __device__ __forceinline__ TileBias(uint32_t base, BiasTables<B> tables, const BiasTile& at)
       : stage(base), tables(tables), note(stage.note(at.warp)) {
     const int2 head = note.head();
     code = ptx::uniform(head.x);
     weight = __int_as_float(head.y);
-    pair = BiasStage<C>::pair(lane_col() - lane_row() - at.warp * 16 + C::kRows - 1);
+    pair = stage.pair(at.warp * 16 + lane_row(), lane_col());
   }
 
   __device__ __forceinline__ void load(float argument) {
@@ -166,15 +172,8 @@ struct TileBias<C, RelativeBias> {
           }
     }
     if (code == 0) return;
-    add_steps(stage, note, code & WarpNote::kSteps, at.times, s);
-    if (code & WarpNote::kOneOctave) {
-      const Octave one = {static_cast<int>(code / WarpNote::kShift % 32), note.words().x};
-      look_up<true>(stage, tables.cells(), one, code / WarpNote::kBlocks, at.times, s);
-    } else if (code & WarpNote::kCells) {
-      look_up<false>(stage, tables.cells(), {}, code / WarpNote::kBlocks, at.times, s);
-    }
-    if (code & (WarpNote::kElementwise | WarpNote::kSearch))
-      add_one_by_one<C>(problem, job, note, code, at, argument, s);
+    add_times(stage, tables, note, code, at.times, s);
+    if (code & WarpNote::kOneByOne) add_one_by_one<B::kTransposed>(problem, job, note, code, at, argument, s);
   }
 };
 

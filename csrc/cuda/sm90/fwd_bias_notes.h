@@ -2,7 +2,7 @@
 // each tile of each of them.
 #pragma once
 
-#include "cuda/sm90/fwd_bias.h"
+#include "cuda/sm90/bias_notes.h"
 #include "cuda/sm90/fwd_storage.h"
 #include "cuda/tile/score.h"
 
@@ -12,12 +12,7 @@ template <class C, class T>
 class BiasNoter {
  public:
   __device__ BiasNoter(const AttentionProblem& problem, const FwdStorage<C, T>& shared)
-      : problem_(problem), shared_(shared) {}
-
-  // Once the tables are made.
-  __device__ void begin() {
-    if (problem_.relative.time_weight) crowded_ = shared_.bias_tables().cells().crowded();
-  }
+      : problem_(problem), shared_(shared), times_(problem.relative, shared.bias_tables(), Score<T>::kArgument) {}
 
   // Of 16 queries each whose times do not rise, the ends are such that TileTimes is not ordinary.
   __device__ __forceinline__ void read_queries(FwdItem<C>& item) const {
@@ -52,10 +47,10 @@ class BiasNoter {
       const bool rise = __shfl_sync(~0u, keys.rise, i);
       const WarpNote note = shared_.notes().at(buffer, i, warp);
       note.set(0, 0.f);
-      if (timed) note_times(times(item), rise && at.ordinary(), at, note);
+      if (timed) times_.note(times(item), rise && at.ordinary(), at.low(), at.high(), static_cast<int>(at.left), note);
       const Mask& mask = item.job.sequence.mask;
       const int top = item.row() + warp * 16;
-      if (problem_.relative.position_weight && !linear(mask, top, col)) note.mark(WarpNote::kElementwise);
+      if (problem_.relative.position_weight && !linear<16, C::kCols>(mask, top, col)) note.mark(WarpNote::kElementwise);
       if (note.head().x != 0) {
         const RowSpans kept = mask.rows(top, top + 16);
         const int end = max_int(max_int(kept.prefix.hi, kept.window.hi), kept.group.hi);
@@ -65,20 +60,12 @@ class BiasNoter {
   }
 
  private:
-  static constexpr int kWarps = BiasStage<C>::kWarps;
-  static constexpr unsigned kSparse = 4 * 8;    // bytes: more cells hold more boundaries than a note has room for
-  static constexpr long long kFar = 1ll << 61;  // gaps of nearer times do not wrap around
-  using Queue = NoteQueue<C>;
-  using Cells = typename BiasTables<C>::Cells;
+  using B = typename C::Relative;
+  static constexpr int kWarps = BiasStage<B>::kWarps;
+  using Queue = typename C::Notes;
 
   __device__ TimeTerm times(const FwdItem<C>& item) const {
     return {problem_.relative, item.job.sequence, item.job.item.head, nullptr};
-  }
-
-  // Are distances of logical positions those of rows and columns, for 16 rows and a tile of columns?
-  __device__ static bool linear(const Mask& mask, int row, int col) {
-    return min_int(row, col) >= mask.shift() &&
-           (mask.history == mask.len || max_int(row + 16, col + C::kCols) <= mask.history + 1);
   }
 
   // Whether the times of a tile's keys rise, the first and the last of them. Lane i passes tile i and gets its.
@@ -108,92 +95,9 @@ class BiasNoter {
     return mine;
   }
 
-  // The first and the last time of a tile's keys and of its queries.
-  struct TileTimes {
-    long long left, right, first, last;
-
-    __device__ long long low() const { return first - right; }  // the gaps
-    __device__ long long high() const { return last - left; }
-    // Differences do not wrap around, and those between gaps have 32 bits.
-    __device__ bool ordinary() const {
-      return min(first, left) >= -kFar && max(last, right) <= kFar && high() - low() <= INT32_MAX;
-    }
-  };
-
-  // `known`: times rise and are ordinary.
-  __device__ __forceinline__ void note_times(const TimeTerm& time, bool known, const TileTimes& at,
-                                             const WarpNote& note) const {
-    unsigned code = WarpNote::kSearch, span = 0;
-    int2 range = {0, time.count};
-    if (known) {
-      const Octave octave = look_up(at.low(), at.high(), code, span);
-      if (code & WarpNote::kCells) {
-        note.set_words(octave.first, 0);
-        note.set(code, 0.f);
-        // Weights in the cells are those of the head that is computed now.
-        if (problem_.relative.time_head_stride == 0) {
-          if (span <= kSparse) count(at, span / 4, note);
-          return;
-        }
-        if (span > kSparse) return;
-      }
-      range = time.buckets(at.low(), at.high());
-      const int steps = range.y - range.x;
-      if (steps <= WarpNote::kMostSteps) {
-        float weight = Score<T>::kArgument * __ldg(time.weight + range.x);
-        note.set(static_cast<unsigned>(steps), weight);
-#pragma unroll 1
-        for (int i = 0; i < steps; ++i) {
-          const float next = Score<T>::kArgument * __ldg(time.weight + range.x + i + 1);
-          note.set_step(i, __ldg(time.boundaries + range.x + i), at.left, next - weight);
-          weight = next;
-        }
-        return;
-      }
-      if (code & WarpNote::kCells) return;
-    }
-    note.set(WarpNote::kSearch, 0.f);
-    note.set_words(range.x, range.y - range.x);
-  }
-  // From the cells of the gaps, `more` of them behind the first: the note if there are few buckets; else it stays that
-  // of a look-up.
-  __device__ __forceinline__ void count(const TileTimes& at, unsigned more, const WarpNote& note) const {
-    const Cells cells = shared_.bias_tables().cells();
-    const int low = static_cast<int>(at.low()), high = static_cast<int>(at.high());
-    const Octave octave = cells.octave(Cells::octave_of(low));
-    uint32_t cell = cells.cell(low, octave);
-    const float weight = ptx::ld_shared(cell + (low >= ptx::ld_shared_int(cell) ? 4 : 0) + Cells::kWeight);
-    int steps = 0;
-    for (unsigned i = 0; i <= more; ++i, cell += 4) {
-      const int boundary = ptx::ld_shared_int(cell);
-      if (boundary <= low || boundary > high) continue;
-      if (++steps > WarpNote::kMostSteps) break;
-      note.set_step(steps - 1, boundary, at.left,
-                    ptx::ld_shared(cell + Cells::kWeight + 4) - ptx::ld_shared(cell + Cells::kWeight));
-    }
-    if (steps <= WarpNote::kMostSteps) {
-      note.set(static_cast<unsigned>(steps), weight);
-    } else {
-      note.set_words(cells.octave(Cells::octave_of(high)).first, 0);
-    }
-  }
-  // Bits of the note of a tile that is looked up in the cells, if they answer for gaps lo to hi; `span`: bytes of those
-  // cells.
-  __device__ __forceinline__ Octave look_up(long long lo, long long hi, unsigned& code, unsigned& span) const {
-    if (lo < -Cells::kGaps || hi >= Cells::kGaps) return {};
-    const Cells cells = shared_.bias_tables().cells();
-    const int first = Cells::octave_of(static_cast<int>(lo)), last = Cells::octave_of(static_cast<int>(hi));
-    if (crowded_ >> first & ((2u << (last - first)) - 1)) return {};
-    const Octave octave = cells.octave(last);
-    span = cells.cell(static_cast<int>(hi), octave) - cells.cell(static_cast<int>(lo), cells.octave(first));
-    code = WarpNote::kCells;
-    if (first == last) code |= WarpNote::kOneOctave | static_cast<unsigned>(octave.shift) * WarpNote::kShift;
-    return octave;
-  }
-
   const AttentionProblem& problem_;
   const FwdStorage<C, T>& shared_;
-  unsigned crowded_ = 0;
+  TimeNoter<B> times_;
 };
 
 }  // namespace hstu_ops::cuda::sm90

@@ -22,7 +22,6 @@ class BiasPreparer {
       : problem_(arguments.params.problem), shared_(shared), noter_(problem_, shared) {}
 
   __device__ __forceinline__ void take_notes() {
-    noter_.begin();
     each_item([this](FwdItem<C>& item) {
       if (problem_.relative.time_weight) noter_.read_queries(item);
       int tile = item.tiles().next(-1);
@@ -64,9 +63,9 @@ class BiasPreparer {
   }
 
  private:
-  using Stage = BiasStage<C>;
-  static constexpr int kWarps = BiasStage<C>::kWarps;
-  using Queue = NoteQueue<C>;
+  using Stage = BiasStage<typename C::Relative>;
+  static constexpr int kWarps = Stage::kWarps;
+  using Queue = typename C::Notes;
 
   template <class F>
   __device__ __forceinline__ void each_item(F&& f) const {
@@ -105,7 +104,7 @@ class BiasPreparer {
   }
   __device__ __forceinline__ void fill(const Stage& stage, const typename Stage::Part& part, int noted) const {
     if (problem_.relative.position_weight) stage.write_window(part);
-    if (problem_.relative.time_weight) stage.write_times(part);
+    if (problem_.relative.time_weight) stage.write_times(part.times, lane_id());
     constexpr int kChunks = kWarps * WarpNote::kBytes / 16;
     static_assert(kChunks <= 32);
     if (lane_id() < kChunks)

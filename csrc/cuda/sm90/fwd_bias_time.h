@@ -6,20 +6,12 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// A warp's tile of 16 queries from mask row `row` on and 64 keys from column `col` on, `warp` in its block; times: low
-// words of those of its queries; scratch: 2 KB of shared memory of its own.
+// A warp's tile of 16 queries from mask row `row` on and 64 keys from column `col` on (transposed: keys and queries),
+// `warp` in its block; times: low words of those of its rows; scratch: 2 KB of shared memory of its own.
 struct BiasTile {
   int warp, row, col;
   const int* times;
   uint32_t scratch;
-};
-
-// The lane, read where it is used: not kept in registers from tile to tile.
-struct Lane {
-  const int id = ptx::thread_index() & 31;
-
-  __device__ int row() const { return id >> 2; }
-  __device__ int col() const { return (id & 3) * 2; }
 };
 
 // A difference of the low words of times, or a sum.
@@ -28,8 +20,8 @@ __device__ __forceinline__ int plus(int a, int b) { return static_cast<int>(0u +
 
 // Adds to the scores, which have the weight of the first bucket, what the next ones have more, boundary by boundary:
 // where times of columns, less that of the first column, are at most a limit of the row.
-template <class C>
-__device__ __forceinline__ void add_steps(const BiasStage<C>& stage, const WarpNote& note, int count, const int* times,
+template <class B>
+__device__ __forceinline__ void add_steps(const BiasStage<B>& stage, const WarpNote& note, int count, const int* times,
                                           Accumulator<1, 8>& s) {
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
@@ -50,17 +42,17 @@ __device__ __forceinline__ void add_steps(const BiasStage<C>& stage, const WarpN
 }
 
 // s += argument weight[bucket] of a tile whose gaps the cells answer for; kOne: all of one octave;
-// blocks: of 8 columns, whose scores count.
-template <bool kOne, class C>
-__device__ __forceinline__ void look_up(const BiasStage<C>& stage, const typename BiasTables<C>::Cells& cells,
-                                        const Octave& one, int blocks, const int* times, Accumulator<1, 8>& s) {
+// code: the note's.
+template <bool kOne, class B>
+__device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typename BiasTables<B>::Cells& cells,
+                                        const Octave& one, unsigned code, const int* times, Accumulator<1, 8>& s) {
   const Lane lane;
   const int left = stage.left(), rows[2] = {minus(times[lane.row()], left), minus(times[lane.row() + 8], left)};
-  constexpr int kBatch = C::kDim == 128 ? 2 : 4;  // tensor core tiles whose loads are in flight together
+  constexpr int kBatch = B::kBatch;
   const uint32_t first_cell = cells.first(one);
 #pragma unroll
   for (int first = 0; first < 8; first += kBatch) {
-    if (first >= blocks) break;
+    if (!WarpNote::kept_block<B::kTransposed>(code, first, kBatch)) continue;
     int gap[kBatch][4];
     uint32_t at[kBatch][4];
 #pragma unroll
@@ -82,6 +74,19 @@ __device__ __forceinline__ void look_up(const BiasStage<C>& stage, const typenam
     for (int n = 0; n < kBatch; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s.x[0][first + n][e] += ptx::ld_shared(at[n][e] + cells.kWeight);
+  }
+}
+
+// The time term of a tile, but for the weight of its only or first bucket, unless it is searched for.
+template <class B>
+__device__ __forceinline__ void add_times(const BiasStage<B>& stage, const BiasTables<B>& tables, const WarpNote& note,
+                                          unsigned code, const int* times, Accumulator<1, 8>& s) {
+  add_steps(stage, note, code & WarpNote::kSteps, times, s);
+  if (code & WarpNote::kOneOctave) {
+    const Octave one = {static_cast<int>(code / WarpNote::kShift % 32), note.words().x};
+    look_up<true>(stage, tables.cells(), one, code, times, s);
+  } else if (code & WarpNote::kCells) {
+    look_up<false>(stage, tables.cells(), {}, code, times, s);
   }
 }
 

@@ -24,10 +24,19 @@ constexpr int kBiasWarps = 2;  // of the loading warpgroup, which prepare relati
 
 constexpr int kItems = 3;  // the item in work and the next two: a longer queue would leave blocks idle at the end
 
+template <class Shape>
+using FwdBiasShape = BiasShape<Shape::kRows, false,
+                               Shape::kDim == 256   ? 560
+                               : Shape::kDim == 128 ? 4352
+                                                    : 5120,
+                               Shape::kDim == 256 ? 4 : 8, Shape::kDim == 128 ? 2 : 4>;
+
 // Shape and Bias, one of tile/bias.h.
 template <class Shape, class Bias_>
 struct FwdPlan : Shape {
   using Bias = Bias_;
+  using Relative = FwdBiasShape<Shape>;
+  using Notes = NoteQueue<Relative, 2, Relative::kNotedTiles>;
   static constexpr int kPreparers = std::is_same_v<Bias, RelativeBias> ? kBiasWarps : 0;
   // The preparing warps take what the computing ones of this dimension leave.
   static constexpr bool kSpare = kPreparers && Shape::kDim == 64;
@@ -36,9 +45,9 @@ struct FwdPlan : Shape {
   static constexpr int kBiasStages = Shape::kDim == 64    ? 8
                                      : Shape::kDim == 128 ? 4
                                                           : 3;  // a ring of its own: tables come later than keys
-  static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Shape>::kBytes : 0;
+  static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Relative>::kBytes : 0;
   static constexpr int kBiasBytes =
-      kPreparers ? BiasTables<Shape>::kBytes + kBiasStages * kBiasStageBytes + NoteQueue<Shape>::kBytes : 0;
+      kPreparers ? BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes : 0;
   static constexpr bool kSpans = std::is_same_v<Bias, NoBias>;
   static constexpr int kSpanBytes = kSpans ? 2 * Shape::kRows * 16 : 0;
   static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes + kSpanBytes;
@@ -85,9 +94,11 @@ struct FwdStorage {
     bias = staging + C::kRows * 128;
     spans = bias + C::kBiasBytes;
   }
-  __device__ BiasTables<C> bias_tables() const { return {bias}; }
-  __device__ uint32_t bias_stage(int stage) const { return bias + BiasTables<C>::kBytes + stage * C::kBiasStageBytes; }
-  __device__ NoteQueue<C> notes() const { return {bias_stage(C::kBiasStages)}; }
+  __device__ BiasTables<typename C::Relative> bias_tables() const { return {bias}; }
+  __device__ uint32_t bias_stage(int stage) const {
+    return bias + BiasTables<typename C::Relative>::kBytes + stage * C::kBiasStageBytes;
+  }
+  __device__ typename C::Notes notes() const { return {bias_stage(C::kBiasStages)}; }
   __device__ Panel query_panel(int panel) const { return {queries + panel * C::kRows * 128}; }
   __device__ uint32_t row_spans(int buffer, int row) const { return spans + (buffer * C::kRows + row) * 16; }
   __device__ Panel key_panel(int stage, int panel) const {
