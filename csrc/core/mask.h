@@ -58,6 +58,9 @@ struct Mask {  // of one sequence; rows and columns run over [0, len)
   HSTU_HD int shift() const { return max_int(contextual - 1, 0); }
   HSTU_HD int position(int i) const { return max_int(min_int(i, history) - shift(), 0); }
 
+  // May a row keep columns behind its own?
+  HSTU_HD bool looks_ahead() const { return !options.causal || contextual > 0; }
+
   // The definition.
   HSTU_HD RowSpans row(int i) const {
     RowSpans r;

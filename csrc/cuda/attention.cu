@@ -15,6 +15,7 @@
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/schedule.h"
 #include "cuda/tile/tf32.h"
+#include "cuda/tile/time_buckets.h"
 #include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda {
@@ -179,9 +180,9 @@ bool portable_is_faster(const AttentionProblem& a) {
   return r.time_weight && r.num_boundaries < 512 && head_dim(a) <= 64 && a.jagged.total_kv < 1024 * a.jagged.batch;
 }
 
-// Of narrow heads, the Hopper backward spends longer on the bias than on the rest.
+// The gradient of a table of many buckets looks up each element, which the portable kernel does faster.
 bool portable_is_faster(const AttentionBwdParams& params) {
-  return has_relative_bias(params.problem) && head_dim(params.problem) <= 64;
+  return params.grad_time_weight && params.problem.relative.num_boundaries > TimeTerm::kMostCellBoundaries;
 }
 
 #ifdef HSTU_WITH_SM90

@@ -28,6 +28,7 @@
 #include "cuda/sm90/bwd_wide.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
+#include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -403,11 +404,20 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, int process
   return attention_bwd_queries<T, kDim>(params, scratch.query_tickets, processors, stream);
 }
 
-// With a relative bias, not deterministic.
+// See table_grads.cuh.
+template <class T, int kDim>
+Status attention_table_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream);
+
+// With a relative bias, not deterministic. Table gradients are wanted or not.
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
+  const BwdWorkspace tables = BwdWorkspace::plan(params, kDim, 64, nullptr);
+  for (const TableSums* t : {&tables.position, &tables.time})
+    if (t->sums) HSTU_TRY(cudaMemsetAsync(t->sums, 0, t->entries * sizeof(float), stream));
   const BwdScratch scratch(params, kDim, memory);
-  return attention_bwd_sums<BwdBiasConfig<kDim>, T>(params, scratch, processors, stream);
+  if (Status s = attention_bwd_sums<BwdBiasConfig<kDim>, T>(params, scratch, processors, stream); !s.ok()) return s;
+  if (!tables.position.sums && !tables.time.sums) return {};
+  return attention_table_grads<T, kDim>(params, scratch.table_tickets, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -27,15 +27,17 @@ class KeptBuckets {
         for (int r = 0; r < 2 * kM; ++r) f(s.x[r / 2][n][r % 2 * 2 + c], (n * 2 + c) * 2 * kM + r);
   }
 
-  // Buckets count from the tile's smallest one, `first`; there are `count` of them.
-  __device__ __forceinline__ void put(int element, int bucket) { words_[element / 4] |= bucket << element % 4 * 8; }
+  // Buckets count from the tile's smallest one, `first`; there are `count` of them. Put in order.
   template <class Slots>
-  __device__ __forceinline__ void store(const Slots& slots, int first, int count) const {
-    const int lane = ptx::thread_index() % 32;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) ptx::st_shared(slots.at(i * 32 + lane), words_[i]);
+  __device__ __forceinline__ void put(const Slots& slots, int element, int bucket) {
+    uint32_t& word = words_[element / 4];
+    word |= bucket << element % 4 * 8;
+    if (element % 4 == 3) ptx::st_shared(slots.at(element / 4 * 32 + ptx::thread_index() % 32), word);
+  }
+  template <class Slots>
+  __device__ __forceinline__ void finish(const Slots& slots, int first, int count) const {
     const bool fits = count <= 256 && count <= Slots::kCount;
-    if (lane == 0) ptx::st_shared(slots.at(kWords * 32), fits ? uint2{unsigned(first), unsigned(count)} : uint2{});
+    if (lane_id() == 0) ptx::st_shared(slots.at(kWords * 32), fits ? uint2{unsigned(first), unsigned(count)} : uint2{});
   }
   template <class Slots>
   __device__ static __forceinline__ void store_nothing(const Slots& slots) {

@@ -26,13 +26,17 @@ struct PositionTerm {
                                  : nullptr),
         positions(p.positions) {}
 
-  // Do all elements of the tile read entries that run along its diagonals, with nothing to clamp? Rows past the end may
-  // do as they please.
+  // Do all elements of the tile read entries that run along its diagonals, but for what is clamped? Rows past the end
+  // may do as they please.
+  __device__ __forceinline__ static bool linear(const Mask& mask, TileOrigin o, int queries, int keys) {
+    const bool history = mask.history == mask.len || max_int(o.query + queries, o.key + keys) <= mask.history + 1;
+    return history && min_int(o.query, o.key) >= mask.shift();
+  }
+  // The same, and nothing is clamped.
   __device__ __forceinline__ bool diagonal(const Mask& mask, TileOrigin o, int queries, int keys) const {
     const int lowest = o.key - (o.query + queries - 1) + positions - 1,
               highest = o.key + keys - 1 - o.query + positions - 1;
-    const bool linear = mask.history == mask.len || max_int(o.query + queries, o.key + keys) <= mask.history + 1;
-    return linear && min_int(o.query, o.key) >= mask.shift() && lowest >= 0 && highest <= 2 * positions - 2;
+    return linear(mask, o, queries, keys) && lowest >= 0 && highest <= 2 * positions - 2;
   }
 
   // s += argument weight

@@ -41,6 +41,15 @@ struct Score {
           }
         }
   }
+  // s: u in, slope - 1 out.
+  template <int kM, int kN>
+  __device__ static __forceinline__ void slope(Accumulator<kM, kN>& s) {
+    static_assert(kIs16Bit<T>);
+    s.each([](float& x, int, int) {
+      const float t = ptx::tanh_approx(x);
+      x = fmaf(x, fmaf(-t, t, 1.f), t);
+    });
+  }
 
  private:
   __device__ static __forceinline__ float value(float u) {

@@ -49,37 +49,24 @@ struct TileTimes {
   int bucket, last;                         // smallest and largest bucket of the tile
   TimeLine line;                            // for kLine: of all its gaps, from the boundary behind `bucket` on
 
-  __device__ __forceinline__ TileTimes(const TimeTerm& t, int query, int key)
-      : query(query), key(key), way(kSearch), bucket(0), last(0) {
+  __device__ __forceinline__ TileTimes(const TimeTerm& t, int query, int key) : query(query), key(key) {
     const int lane = lane_id();
     const int64_t base = t.key_time(key);
     bool fits = true;
     row = relative(kTransposed ? t.key_time(key + lane % kRows) : t.query_time(query + lane % kRows), base, fits);
-    int lo = row, hi = row, col_lo = INT32_MAX, col_hi = INT32_MIN;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const int at = w * 32 + lane % min_int(kCols, 32);
       col[w] = relative(kTransposed ? t.query_time(query + at) : t.key_time(key + at), base, fits);
-      col_lo = min_int(col_lo, col[w]);
-      col_hi = max_int(col_hi, col[w]);
     }
-    if (!__all_sync(~0u, fits)) {
-      last = t.count;
-      return;
-    }
-    lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
-    col_lo = __reduce_min_sync(~0u, col_lo), col_hi = __reduce_max_sync(~0u, col_hi);
-    const int gap_lo = kTransposed ? col_lo - hi : lo - col_hi, gap_hi = kTransposed ? col_hi - lo : hi - col_lo;
-    const int lowest = t.template known_bucket<kLines>(gap_lo), highest = t.template known_bucket<kLines>(gap_hi);
-    if (lowest >= 0 && highest >= 0 && (lowest == highest || t.simple(gap_lo, gap_hi))) {
-      bucket = lowest, last = highest;
-      way = kCells;
-      return;
-    }
-    const int2 range = t.buckets(gap_lo, gap_hi);
-    bucket = range.x, last = range.y;
-    if (kLines) line = t.line_through(bucket, last);
-    if (kLines && line.start >= 0.f) way = kLine;
+    choose_way(t, __all_sync(~0u, fits));
+  }
+  // The same where the lane's times are known, all within 2^30 of the first key's.
+  __device__ __forceinline__ TileTimes(const TimeTerm& t, int query, int key, int row, const int (&cols)[kWords])
+      : row(row), query(query), key(key) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) col[w] = cols[w];
+    choose_way(t, true);
   }
 
   // s += argument * weight[bucket]. Buckets found are kept in `slots` for the gradient, if there are any.
@@ -96,9 +83,9 @@ struct TileTimes {
       int element = 0;
       each_bucket(t, s, [&](float& x, int at) {
         x = fmaf(argument, __ldg(t.weight + at), x);
-        kept.put(element++, at - bucket);
+        kept.put(slots, element++, at - bucket);
       });
-      kept.store(slots, bucket, last - bucket + 1);
+      kept.finish(slots, bucket, last - bucket + 1);
     } else {
       each_bucket(t, s, [&](float& x, int at) { x = fmaf(argument, __ldg(t.weight + at), x); });
     }
@@ -136,6 +123,27 @@ struct TileTimes {
   }
 
  private:
+  __device__ __forceinline__ void choose_way(const TimeTerm& t, bool fits) {
+    way = kSearch, bucket = 0, last = t.count;
+    if (!fits) return;
+    int lo = row, hi = row, col_lo = col[0], col_hi = col[0];
+#pragma unroll
+    for (int w = 1; w < kWords; ++w) col_lo = min_int(col_lo, col[w]), col_hi = max_int(col_hi, col[w]);
+    lo = __reduce_min_sync(~0u, lo), hi = __reduce_max_sync(~0u, hi);
+    col_lo = __reduce_min_sync(~0u, col_lo), col_hi = __reduce_max_sync(~0u, col_hi);
+    const int gap_lo = kTransposed ? col_lo - hi : lo - col_hi, gap_hi = kTransposed ? col_hi - lo : hi - col_lo;
+    const int lowest = t.template known_bucket<kLines>(gap_lo), highest = t.template known_bucket<kLines>(gap_hi);
+    if (lowest >= 0 && highest >= 0 && (lowest == highest || t.simple(gap_lo, gap_hi))) {
+      bucket = lowest, last = highest;
+      way = kCells;
+      return;
+    }
+    const int2 range = t.buckets(gap_lo, gap_hi);
+    bucket = range.x, last = range.y;
+    if (kLines) line = t.line_through(bucket, last);
+    if (kLines && line.start >= 0.f) way = kLine;
+  }
+
   // Any buckets, one element at a time.
   template <int kM, int kN>
   __device__ __forceinline__ void add_running(const TimeTerm& t, const Accumulator<kM, kN>& ds,

@@ -156,10 +156,20 @@ struct TimeTerm {
     }
     const long long left = kTransposed ? query_time(query) : key_time(key),
                     right = kTransposed ? query_time(query + kCols - 1) : key_time(key + kCols - 1);
+    return kTransposed ? between(left, right, lo, hi, right - left) : between(lo, hi, left, right, right - left);
+  }
+  // The same of one lane's tile of queries and keys both of whose times rise, from its first to its last ones.
+  __device__ __forceinline__ BucketRange ends(int query, int last_query, int key, int last_key) const {
+    const long long left = key_time(key), right = key_time(last_key);
+    return between(query_time(query), query_time(last_query), left, right, right - left);
+  }
+  // Of queries and keys between two times each; span: of the columns' times.
+  __device__ __forceinline__ BucketRange between(long long first_query, long long last_query, long long first_key,
+                                                 long long last_key, long long span) const {
     constexpr long long kFar = 1ll << 61;
-    if (min(lo, left) < -kFar || max(hi, right) > kFar || right - left > INT32_MAX) return {0, 0, false};
-    const long long gap_lo = kTransposed ? left - hi : lo - right, gap_hi = kTransposed ? right - lo : hi - left;
-    const int2 range = buckets(gap_lo, gap_hi);
+    if (min(first_query, first_key) < -kFar || max(last_query, last_key) > kFar || span > INT32_MAX)
+      return {0, 0, false};
+    const int2 range = buckets(first_query - last_key, last_query - first_key);
     return {range.x, range.y, true};
   }
 

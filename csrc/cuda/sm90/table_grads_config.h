@@ -1,0 +1,129 @@
+// Tile sizes of the Hopper kernel for gradients of bias tables, and what it keeps in shared memory beside tiles.
+#pragma once
+
+#include "cuda/ptx/memory.h"
+#include "cuda/sm90/config.h"
+#include "cuda/tile/table_grad.h"
+#include "cuda/tile/time_buckets.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+constexpr int kTableTile = 64;  // queries and keys of a tile
+
+// Weights of a tile's diagonals: entry e is that of column j and row i with e = j - i + 63. It is there twice, the
+// second time one word further on: pairs of columns are aligned in one of them, and both are read without bank
+// conflicts.
+struct TableWindow {
+  static constexpr int kEntries = 2 * kTableTile, kCopy = (kEntries + 17) * 4, kBytes = 2 * (kCopy + 12);
+
+  uint32_t base;
+
+  __device__ void set(int e, float weight) const {
+    ptx::st_shared(base + e * 4, __float_as_uint(weight));
+    ptx::st_shared(base + kCopy + e * 4, __float_as_uint(weight));
+  }
+  // Where entries e and e + 1 are, and those 8 d further on.
+  __device__ uint32_t pair(int e) const { return base + e * 4 + (e & 1) * kCopy; }
+  __device__ static float2 weights(uint32_t pair, int d) { return ptx::ld_shared_v2(pair + d * 32); }
+};
+
+// What a computing warp knows of its tiles of 32 steps: a BiasNote each, and the weight of the first bucket of few. And
+// how many jobs it has done, which would take a register.
+struct TableNotes {
+  static constexpr int kBytes = 33 * 8;
+  static constexpr unsigned kNear = 1u << 30;  // of a note: times are within 2^30 of that of the tile's first key
+
+  uint32_t base;
+
+  __device__ void set(int at, int2 x) const { ptx::st_shared(base + at * 8, x); }
+  __device__ int2 get(int at) const { return ptx::ld_shared_int_v2(base + at * 8); }
+  __device__ unsigned jobs() const { return static_cast<unsigned>(get(32).x); }
+  __device__ void set_jobs(unsigned jobs) const {
+    __syncwarp();
+    if (lane_id() == 0) set(32, {static_cast<int>(jobs), 0});
+    __syncwarp();
+  }
+};
+
+// Times of a tile's rows: low words, of keys those of the distance from the first one, which is left().
+struct StepTimes {
+  static constexpr int kBytes = (kTableTile + 4) * 4;
+
+  uint32_t base;
+
+  __device__ uint32_t at(int i) const { return base + i * 4; }
+  __device__ uint32_t left() const { return at(kTableTile); }
+};
+
+// Each lane's sums of four buckets that have not been added to the table yet, by the bucket's last two bits: tiles that
+// follow one another hold the same buckets or the next ones.
+struct BucketSums {
+  static constexpr int kBytes = 4 * 4 + 4 * 128;
+
+  uint32_t base;
+
+  __device__ uint32_t sum(int slot) const { return base + 16 + slot * 128 + ptx::thread_index() % 32 * 4; }
+  __device__ void reset() const {
+    if (lane_id() < 4) ptx::st_shared(base + lane_id() * 4, 0u);
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) ptx::st_shared(sum(slot), 0u);
+    __syncwarp();
+  }
+  __device__ __forceinline__ void put(const TableTarget& to, int bucket, float x) const {
+    const int slot = bucket % 4, there = ptx::ld_shared_int(base + slot * 4);
+    const float before = ptx::ld_shared(sum(slot));
+    if (there == bucket) {
+      x += before;
+    } else {
+      flush(to, there, before);
+      if (lane_id() == 0) ptx::st_shared(base + slot * 4, static_cast<uint32_t>(bucket));
+      __syncwarp();
+    }
+    ptx::st_shared(sum(slot), __float_as_uint(x));
+  }
+  __device__ void finish(const TableTarget& to) const {
+#pragma unroll 1
+    for (int slot = 0; slot < 4; ++slot) flush(to, ptx::ld_shared_int(base + slot * 4), ptx::ld_shared(sum(slot)));
+    __syncwarp();
+  }
+
+ private:
+  __device__ static __forceinline__ void flush(const TableTarget& to, int bucket, float x) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    if (lane_id() == 0) to.add(bucket, x);
+  }
+};
+
+// kGroups warpgroups compute, each the tiles of one diagonal; one more feeds them. A step is a tile of queries and one
+// of keys, which the groups use one after the other, in as many steps.
+template <int kDim_, int kGroups_>
+struct TableShape {
+  static constexpr int kDim = kDim_, kGroups = kGroups_, kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
+  static constexpr int kTileBytes = kTableTile * kDim * 2;
+  // Tiles go back as soon as their products are done, what else is known of a step is needed longer. A step is
+  // written when all warps are past the products of that kQueryStages before, and may still use keys' times two before.
+  static constexpr unsigned kKeyStages = kDim == 64 ? 6 : 4, kQueryStages = kDim == 64 ? 4 : 2, kSteps = 8;
+  static constexpr int kSlotWords = kDim == 64 ? 512 : 256;  // of a warp's scratch; see KeptBuckets
+  static constexpr int kWarps = 4 * kGroups, kNotes = (kSlotWords + 4) * 4, kBuckets = kNotes + TableNotes::kBytes,
+                       kWarpBytes = (kBuckets + BucketSums::kBytes + 15) / 16 * 16;
+  static constexpr int kSharedBytes = 2 * (kKeyStages + kQueryStages) * kTileBytes + TimeTerm::kSharedBytes +
+                                      kWarps * kWarpBytes + kGroups * TableWindow::kBytes +
+                                      2 * kSteps * StepTimes::kBytes + 1024;
+  static constexpr int kLoadRegisters = 56, kComputeRegisters = kGroups == 2 ? 224 : 152;
+  static_assert(kSteps > kQueryStages + kGroups - 1 && kKeyStages > kGroups,
+                "a tile of keys is in use for kGroups steps");
+  static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
+};
+
+// A warp's scratch.
+template <class C>
+struct TableSlots {
+  static constexpr int kCount = C::kSlotWords;
+
+  uint32_t base;
+
+  __device__ uint32_t at(int i) const { return base + i * 4; }
+};
+
+}  // namespace hstu_ops::cuda::sm90
