@@ -179,11 +179,6 @@ bool portable_is_faster(const AttentionProblem& a) {
   return r.time_weight && r.num_boundaries < 512 && head_dim(a) <= 64 && a.jagged.total_kv < 1024 * a.jagged.batch;
 }
 
-// Of narrow heads, the Hopper backward spends longer on the bias than on the rest.
-bool portable_is_faster(const AttentionBwdParams& params) {
-  return has_relative_bias(params.problem) && head_dim(params.problem) <= 64;
-}
-
 #ifdef HSTU_WITH_SM90
 // f(element, head dimension) as dispatch() above, with what the Hopper kernels are built for.
 template <class F>
@@ -240,7 +235,6 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* st
   if (Status status = read_backend(backend); !status.ok()) return status;
   const auto on = static_cast<cudaStream_t>(stream);
   if (empty(params.problem)) return clear_bias_grads(params, on);
-  if (backend == Backend::kFastest && portable_is_faster(params)) backend = Backend::kSm80;
   int processors = 0;
   const std::string refusal = backend == Backend::kSm80 ? "" : sm90_refusal(params, processors);
   if (backend == Backend::kSm90 && !refusal.empty()) return {"HSTU_OPS_BACKEND=sm90: " + refusal};
