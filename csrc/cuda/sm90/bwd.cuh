@@ -12,7 +12,8 @@
 //            |         P0, dS0 |   dS0 to memory            |    P1, dS1 |   dS1, dQ0 to memory
 //   add      |                                                              dQ0 to global memory (fp32) ...
 //
-// The first warpgroup finds, loads and adds, one warp or two each. At D 64 three warpgroups compute, and a tile's dQ is
+// The first warpgroup finds, loads and adds, one warp or two each; with relative bias one warp adds and another notes
+// what the computing ones will find (bwd_bias_prepare.h). At D 64 three warpgroups compute, and a tile's dQ is
 // the whole of one's work, by turns. Barriers: see bwd_storage.h.
 #pragma once
 

@@ -1,12 +1,12 @@
-// How a computing warp of the Hopper backward adds relative bias: its scores begin from the bias over alpha, before the
-// product, when registers are free. Two values are added up in one warp's part: 16 keys (rows) and 64 queries.
+// How a computing warp of the Hopper backward adds relative bias: its scores, 16 keys by 64 queries, begin from the
+// bias over alpha, to which the product is added. Before it registers are free; behind it there would be none.
 #pragma once
 
 #include "cuda/sm90/fwd_bias_add.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-// `factor`: what weights are multiplied with. ready(): the scratch may be used; called only if it is.
+// `factor`: what weights are multiplied with. ready(): called before the scratch is used, if it is.
 template <class B, class Ready>
 __device__ __forceinline__ void start_from_bias(const AttentionProblem& problem, const Job& job,
                                                 const BiasStage<B>& stage, const BiasTables<B>& tables,

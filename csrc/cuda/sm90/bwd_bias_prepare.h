@@ -62,6 +62,7 @@ struct BwdFiller {
   }
 };
 
+// The noting warp.
 template <class C, class T>
 class BwdNoter {
  public:

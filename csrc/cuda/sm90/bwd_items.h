@@ -51,8 +51,7 @@ struct TilePart {
   bool last;          // of the item
 };
 
-// A tile of queries in preparation: its first row of the mask, the smallest and the largest of its times
-// (BiasShape::time).
+// A tile of queries being noted: its first row of the mask, the smallest and the largest time (BiasShape::time).
 struct BwdColumns {
   BwdTile tile;
   longlong2 ends;

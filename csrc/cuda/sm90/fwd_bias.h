@@ -36,8 +36,6 @@ struct BiasShape {
 
   // Times such that a gap is that of the row less that of the column.
   __device__ static long long time(int64_t x) { return kTransposed ? static_cast<long long>(0ull - x) : x; }
-  // Of one and the next, if those of queries and keys rise.
-  __device__ static bool in_order(long long x, long long next) { return kTransposed ? x >= next : x <= next; }
 };
 
 // A warp's note of a tile, in shared memory. No bits: there is one bucket of times, or no time term.

@@ -221,17 +221,11 @@ struct TableComputer {
 
   // ---- a tile, a walk ----
 
-  // Warpgroups take turns at the tensor cores: left to themselves they all begin their products at once and end them at
-  // once, and neither products nor sums run beside the others'.
-  __device__ void take_turn() const { ptx::named_barrier_sync(5 + warp() / 4, 256); }
-  __device__ void pass_turn() const { ptx::named_barrier_arrive(5 + (warp() / 4 + 1) % C::kGroups, 256); }
-
   // A tile of which something is kept. Its dS goes to `sums` where the position term runs along diagonals.
   __device__ __forceinline__ void compute_tile(TableStep step, Diagonals& sums) {
     Scores s, d;
     const uint32_t queries = shared.query(count), keys = shared.key(count - group);
     const int2 head = notes().get(step.number() & 31);
-    take_turn();
     ptx::wgmma_fence();
     multiply(s, queries, keys);
     multiply(d, queries + C::kTileBytes, keys + C::kTileBytes);
@@ -244,7 +238,6 @@ struct TableComputer {
     }
     ptx::wgmma_wait<1>();
     ptx::wgmma_settle(s);
-    pass_turn();
     Tile &u = reinterpret_cast<Tile&>(s), &ds = reinterpret_cast<Tile&>(d);
     add_bias(note, __int_as_float(head.y), first_pair(), u);
     Score<T>::slope(u);
@@ -310,7 +303,6 @@ struct TableComputer {
         compute_tile(step, sums);
         step = tile().step.uniform();  // read again: it took a register
       } else {
-        take_turn(), pass_turn();
         release_tiles(step);
       }
       ++count;
@@ -328,7 +320,6 @@ struct TableComputer {
       TimeTerm(problem().relative, Sequence(), 0, shared.cells())
           .template make_cells<kLines>(shared.cells(), threadIdx.x - 128, C::kThreads - 128);
     ptx::named_barrier_sync(1, C::kThreads - 128);
-    if (group == C::kGroups - 1) pass_turn();
     for (unsigned jobs = 0;; jobs = notes().jobs() + 1) {
       notes().set_jobs(jobs);
       shared.state.job.full[jobs % kTableJobs].wait(jobs / kTableJobs % 2);
