@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/sm90/table_grads_config.h"
+#include "cuda/tile/diagonal_bands.h"
 #include "cuda/tile/schedule.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -59,31 +60,6 @@ struct __align__(16) StepTile {
 struct StepPart {
   TableStep steps[32];
   bool last;  // of the job
-};
-
-// The bands of a sequence, by diagonals m - n. Item `block` has the band that is `block` bands above the lowest
-// diagonal of a causal mask, and one as far below, where rows look ahead; the last item has all that are left.
-template <class C>
-class TableBands {
- public:
-  __device__ TableBands(const Sequence& s, int block) {
-    const int queries = ceil_div(s.num_q, kTableTile), keys = ceil_div(s.mask.len, kTableTile);
-    base_ = -ceil_div(max_int(s.first_row, 0), kTableTile);
-    up_ = ceil_div(queries - base_, C::kGroups);
-    down_ = s.mask.looks_ahead() ? ceil_div(keys - 1 + base_, C::kGroups) : 0;
-    block_ = block, last_ = block == ceil_div(s.mask.len, C::kGroups * kTableTile) - 1;
-  }
-  // The band number `i` of the item, from 0 on; false: there are no more.
-  __device__ bool find(int i, int& diagonal) const {
-    const int ups = last_ ? max_int(up_ - block_, 0) : block_ < up_, downs = last_ ? down_ - block_ : block_ < down_;
-    if (i < ups) diagonal = base_ + (block_ + i) * C::kGroups;
-    if (i >= ups) diagonal = base_ - (block_ + i - ups + 1) * C::kGroups;
-    return i < ups + max_int(downs, 0);
-  }
-
- private:
-  int base_, up_, down_, block_;
-  bool last_;
 };
 
 // Of the steps of a band, 30 at a time, a lane each: which groups keep something of their tile, and all of it.

@@ -30,7 +30,9 @@ __device__ __forceinline__ bool find_band(const TableArguments& arguments, Table
                                           int& diagonal) {
   const AttentionProblem& problem = arguments.params.problem;
 #pragma unroll 1
-  for (; first || !TableBands<C>(state.item.sequence, state.item.item.block).find(band, diagonal); first = false) {
+  for (;
+       first || !DiagonalBands<kTableTile, C::kGroups>(state.item.sequence, state.item.item.block).find(band, diagonal);
+       first = false) {
     const WorkItem item =
         find_work_inline<C::kGroups * kTableTile, true>(arguments.schedule, arguments.tickets.take(first));
     if (item.block < 0) return false;
