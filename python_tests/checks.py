@@ -36,8 +36,8 @@ def keep(i: int, j: int, n: int, t: int, c: int, *, causal=True, group=1, window
 
 
 def forward_backward(attention, inputs: Inputs, grad_out: Tensor) -> dict[str, Tensor]:
-    """The output and the gradients of every leaf, by name."""
-    leaves = inputs.leaves
+    """The output and the gradients of every leaf that wants one, by name."""
+    leaves = {x: t for x, t in inputs.leaves.items() if t.requires_grad}
     out = inputs.call(attention)
     grads = torch.autograd.grad(out, list(leaves.values()), grad_out, allow_unused=True, materialize_grads=True)
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}

@@ -210,6 +210,30 @@ def test_many_buckets(table, kind, dtype, device):
         check(Case(table, (400, 93), bias="position+time/head", dim_qk=64, dim_v=64), dtype, device, change=change)
 
 
+@pytest.mark.parametrize("wanted", ([], ["position_weight"], ["time_weight"]), ids=("neither", "position", "time"))
+@pytest.mark.parametrize("dim", (64, 128))
+@pytest.mark.parametrize("table", ("log", "sqrt"))
+def test_frozen_tables(table, dim, wanted, dtype, device):
+    """Which kernels run depends on whose gradients are wanted; those that are obey the rule all the same."""
+
+    def change(inputs):
+        bias = inputs.options["bias"]
+        if table == "sqrt":
+            buckets = TimeBuckets.sqrt().to(device)
+            gen = torch.Generator().manual_seed(7)
+            weight = torch.randn(len(buckets.boundaries) + 1, generator=gen, dtype=torch.float64)
+            bias = replace(bias, buckets=buckets, time_weight=weight.to(bias.time_weight))
+        bias = replace(
+            bias,
+            **{x: getattr(bias, x).detach().requires_grad_(x in wanted) for x in ("position_weight", "time_weight")},
+        )
+        inputs.options["bias"] = bias
+
+    if dtype != torch.float64:
+        case = Case("frozen", (400, 93), bias="position+time", dim_qk=dim, dim_v=dim, num_targets=(30, 0))
+        check(case, dtype, device, change=change)
+
+
 def test_extreme_times(device):
     """Gaps of any size and sign choose the end buckets; reading outside the table is impossible."""
     times = torch.tensor([0, 2**62, -(2**62), 5, 2**40], device=device)
