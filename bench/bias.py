@@ -14,7 +14,7 @@ import attention
 import common
 import measure
 import torch
-from problems import Problem, dense, label
+from problems import Problem, dense, jagged, label
 from suites import Entry
 
 KINDS = ("position", "time", "relative", "sqrt")
@@ -47,6 +47,19 @@ def choose(args: argparse.Namespace, device: str) -> list:
                 case = dense(n, max(1, tokens // n), dim, heads=args.heads, bias=kind)
                 problem = Problem(case, dtype, (("no bias", label(plain, dtype)),))
                 entries.append(Entry(problem, ("fwd", "bwd"), compare=False))
+        if cuda and not args.quick and not args.lengths:
+            entries += _jagged(dim, args.heads, dtype)
+    return entries
+
+
+def _jagged(dim: int, heads: int, dtype: torch.dtype) -> list[Entry]:
+    """Lengths 0.1 to 1 of 1024, without targets and with 20 each, which share one position."""
+    entries = []
+    for targets in (0, 20):
+        plain = jagged(1024, 256, dim, heads=heads, targets=targets)
+        biased = jagged(1024, 256, dim, heads=heads, targets=targets, bias="relative")
+        problem = Problem(biased, dtype, (("no bias", label(plain, dtype)),))
+        entries += [Entry(x, ("fwd", "bwd"), compare=False) for x in (Problem(plain, dtype), problem)]
     return entries
 
 

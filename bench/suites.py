@@ -114,8 +114,8 @@ def cuda_suite(quick: bool, dtypes: list) -> list[Entry]:
         for dim in (64,) if quick else (64, 128, 256):
             for length, batch in shapes:
                 entries.append(Entry(Problem(dense(length, batch, dim), dtype), both))
-        for dim in (64,) if quick else (64, 128):
-            for length, batch in [(1024, 16)] if quick else [(1024, 256), (4096, 58)]:
+        for dim in (64,) if quick else (64, 128, 256):
+            for length, batch in [(1024, 16)] if quick else [(1024, 256), (4096, 58)][: 2 if dim < 256 else 1]:
                 uneven = jagged(length, batch, dim)
                 even = dense(mean_length(uneven), batch, dim)
                 entries.append(Entry(Problem(even, dtype), both))
@@ -123,8 +123,7 @@ def cuda_suite(quick: bool, dtypes: list) -> list[Entry]:
         short = [] if quick else [dense(128, 16, 64), dense(256, 512, 64), dense(512, 256, 64)]
         entries += [Entry(Problem(x, dtype), both) for x in short]
         if not quick:
-            entries.append(Entry(Problem(jagged(1024, 256, 64, targets=20), dtype), both))
-            entries.append(Entry(Problem(jagged(1024, 256, 128, targets=20), dtype), both))
+            entries += [Entry(Problem(jagged(1024, 256, dim, targets=20), dtype), both) for dim in (64, 128, 256)]
             entries += [x for dim in (64, 128) for x in _masks(dim, dtype)]
             entries.append(Entry(Problem(dense(16384, 8, 128, queries=(128,) * 8), dtype), both))
     return entries
