@@ -1,5 +1,6 @@
 // The warps that feed the Hopper kernel for gradients of bias tables: one finds bands and their steps, one requests
-// #pragma once
+// tiles.
+#pragma once
 
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/table_grads_storage.h"
