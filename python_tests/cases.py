@@ -270,6 +270,7 @@ CORNER = [
     Case("empty-sequences", (0, 40, 0, 0, 9, 0), bias="position+time"),
     Case("no-queries", (30, 20), queries=(0, 0)),
     Case("no-queries-in-one", (30, 20), queries=(0, 20), bias="dense/batch"),
+    Case("no-queries-at-first", (30, 20), queries=(0, 20), bias="position+time", query_timestamps=True),
     Case("one-row", (1,) * 40, heads=4),
     Case("one-row-target", (1,) * 40, heads=4, num_targets=(1,) * 40, bias="position"),
     Case("two-rows", (2,) * 30, heads=4, max_attn_len=1),

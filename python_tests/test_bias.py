@@ -210,6 +210,23 @@ def test_many_buckets(table, kind, dtype, device):
         check(Case(table, (400, 93), bias="position+time/head", dim_qk=64, dim_v=64), dtype, device, change=change)
 
 
+@pytest.mark.parametrize("table", ("log", "sqrt"))
+def test_nan_reaches_the_tables(table, dtype, device):
+    """The gradients of all entries that a NaN row reads are NaN: none of it is lost on the way."""
+    inputs = make(Case("nan", (400, 93), bias="position+time", dim_qk=64, dim_v=64), dtype, device)
+    if table == "sqrt":
+        buckets = TimeBuckets.sqrt().to(device)
+        weight = torch.zeros(len(buckets.boundaries) + 1).to(inputs.options["bias"].time_weight).requires_grad_()
+        inputs.options["bias"] = replace(inputs.options["bias"], buckets=buckets, time_weight=weight)
+    row, bias = 201, inputs.options["bias"]
+    with torch.no_grad():
+        inputs.q[row, 1, 3] = float("nan")
+    grads = forward_backward(hstu_attention, inputs, torch.randn(inputs.v.shape).to(inputs.v))
+    keys = torch.arange(row + 1, device=device)
+    assert grads["position_weight"][keys - row + inputs.max_seq_len - 1].isnan().all()
+    assert grads["time_weight"][bias.buckets(bias.timestamps[row] - bias.timestamps[keys])].isnan().all()
+
+
 @pytest.mark.parametrize("wanted", ([], ["position_weight"], ["time_weight"]), ids=("neither", "position", "time"))
 @pytest.mark.parametrize("dim", (64, 128))
 @pytest.mark.parametrize("table", ("log", "sqrt"))

@@ -7,15 +7,8 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// Are distances of logical positions those of rows and columns, for a tile of the mask?
-template <int kRows, int kCols>
-__device__ inline bool linear(const Mask& mask, int row, int col) {
-  return min_int(row, col) >= mask.shift() &&
-         (mask.history == mask.len || max_int(row + kRows, col + kCols) <= mask.history + 1);
-}
-
 // The first and the last time of a tile's columns and of its rows (BiasShape::time).
-struct TileTimes {
+struct TimeEnds {
   static constexpr long long kFar = 1ll << 61;  // gaps of nearer times do not wrap around
 
   long long left, right, first, last;

@@ -299,8 +299,7 @@ struct BwdComputer : BwdGroup<C, T> {
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
-  shared.bias_tables().make(arguments.params.problem.relative, arguments.bias_factor,
-                            C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads,
+  shared.bias_tables().make(arguments.params.problem.relative, arguments.bias_factor, threadIdx.x - 64, kThreads,
                             [] { meet(2 + C::kGroups, kThreads); });
 }
 
@@ -314,6 +313,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
     if (blockIdx.x == 0) arguments.tickets.open();
     ptx::launch_dependents();  // what follows needs nothing of this kernel before its own end
   }
+  if constexpr (C::kBias)
+    shared.bias_tables().clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x, C::kThreads);
   __syncthreads();
   if constexpr (C::kBias)
     if (threadIdx.x >= 64) make_bias_tables(arguments, shared);

@@ -157,7 +157,7 @@ class BwdNoter {
   }
   __device__ static int place(Count at) { return at.stage<Notes::kTiles>(); }
 
-  // Of 16 keys, or of the queries of a tile, whose times do not rise, the ends are such that TileTimes is not ordinary.
+  // Of 16 keys, or of the queries of a tile, whose times do not rise, the ends are such that TimeEnds is not ordinary.
   __device__ __forceinline__ void read_keys(const Job& job, BwdRows<C>& rows) const {
     const TimeTerm time = times(job);
 #pragma unroll 3
@@ -199,12 +199,12 @@ class BwdNoter {
       const WarpNote note = shared_.notes().at(0, i, warp);
       note.set(0, 0.f);
       if (relative_.time_weight) {
-        const TileTimes at = {columns.ends.x, columns.ends.y, rows().ends[warp].x, rows().ends[warp].y};
+        const TimeEnds at = {columns.ends.x, columns.ends.y, rows().ends[warp].x, rows().ends[warp].y};
         times_.note(times(job()), at.ordinary(), at.low(), at.high(), static_cast<int>(at.left), note);
       }
       const Mask& mask = job().sequence.mask;
       const int key = first_key(job()) + warp * 16;
-      if (relative_.position_weight && !linear<C::kQueries, 16>(mask, columns.row, key))
+      if (relative_.position_weight && !PositionTerm::linear(mask, {columns.row, key}, C::kQueries, 16))
         note.mark(WarpNote::kElementwise);
       if (note.head().x & WarpNote::kBlockwise && !columns.tile.covered(warp / 4))
         note.mark(unkept_blocks(mask, columns.row, key) * WarpNote::kBlocks);

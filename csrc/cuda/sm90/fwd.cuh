@@ -367,8 +367,9 @@ struct FwdComputer {
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
-  shared.bias_tables().make(arguments.params.problem.relative, Score<T>::kArgument, C::kBiasStages * C::kBiasStageBytes,
-                            threadIdx.x - 64, kThreads, [] { meet(2 + C::kGroups, kThreads); });
+  shared.bias_tables().clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads);
+  shared.bias_tables().make(arguments.params.problem.relative, Score<T>::kArgument, threadIdx.x - 64, kThreads,
+                            [] { meet(2 + C::kGroups, kThreads); });
 }
 
 template <class C, class T, bool kFolded>

@@ -7,15 +7,10 @@
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias_cells.h"
+#include "cuda/sm90/meet.h"
 #include "cuda/tile/bias.h"
 
 namespace hstu_ops::cuda::sm90 {
-
-// A barrier of warps whose lanes may have taken different ways to it.
-__device__ __forceinline__ void meet(int id, int threads) {
-  __syncwarp();
-  ptx::named_barrier_sync(id, threads);
-}
 
 // The lane, read where it is used: not kept in registers from tile to tile.
 struct Lane {
@@ -161,11 +156,14 @@ struct BiasTables {
   uint32_t base;
 
   __device__ Cells cells() const { return Cells(base); }
-  // By `threads` threads that meet in sync(). The stages lie behind; without a position term their weights stay zeros.
+  // The stages, which lie behind: without a position term their weights stay zeros. Before anyone fills one.
+  __device__ __forceinline__ void clear_stages(int bytes, int thread, int threads) const {
+    for (int i = thread; i < bytes / 4; i += threads) ptx::st_shared(base + kBytes + i * 4, 0u);
+  }
+  // By `threads` threads that meet in sync().
   template <class Sync>
-  __device__ __forceinline__ void make(const RelativeBiasParams& p, float argument, int stages_bytes, int thread,
-                                       int threads, const Sync& sync) const {
-    for (int i = thread; i < stages_bytes / 4; i += threads) ptx::st_shared(base + kBytes + i * 4, 0u);
+  __device__ __forceinline__ void make(const RelativeBiasParams& p, float argument, int thread, int threads,
+                                       const Sync& sync) const {
     if (p.time_weight) {
       cells().make(TimeTerm(p, Sequence(), 0, nullptr), argument, thread, threads, sync);
     } else {

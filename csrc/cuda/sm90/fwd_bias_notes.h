@@ -14,7 +14,7 @@ class BiasNoter {
   __device__ BiasNoter(const AttentionProblem& problem, const FwdStorage<C, T>& shared)
       : problem_(problem), shared_(shared), times_(problem.relative, shared.bias_tables(), Score<T>::kArgument) {}
 
-  // Of 16 queries each whose times do not rise, the ends are such that TileTimes is not ordinary.
+  // Of 16 queries each whose times do not rise, the ends are such that TimeEnds is not ordinary.
   __device__ __forceinline__ void read_queries(FwdItem<C>& item) const {
     const TimeTerm time = times(item);
     constexpr int kCount = C::kRows / 32;
@@ -42,15 +42,16 @@ class BiasNoter {
     for (int pair = lane_id(); pair < Queue::kTiles * kWarps; pair += 32) {
       static_assert(Queue::kTiles * kWarps % 32 == 0);
       const int i = pair / kWarps, warp = pair % kWarps, col = __shfl_sync(~0u, tile, i) * C::kCols;
-      const TileTimes at = {__shfl_sync(~0u, keys.left, i), __shfl_sync(~0u, keys.right, i), item.ends[warp].x,
-                            item.ends[warp].y};
+      const TimeEnds at = {__shfl_sync(~0u, keys.left, i), __shfl_sync(~0u, keys.right, i), item.ends[warp].x,
+                           item.ends[warp].y};
       const bool rise = __shfl_sync(~0u, keys.rise, i);
       const WarpNote note = shared_.notes().at(buffer, i, warp);
       note.set(0, 0.f);
       if (timed) times_.note(times(item), rise && at.ordinary(), at.low(), at.high(), static_cast<int>(at.left), note);
       const Mask& mask = item.job.sequence.mask;
       const int top = item.row() + warp * 16;
-      if (problem_.relative.position_weight && !linear<16, C::kCols>(mask, top, col)) note.mark(WarpNote::kElementwise);
+      if (problem_.relative.position_weight && !PositionTerm::linear(mask, {top, col}, 16, C::kCols))
+        note.mark(WarpNote::kElementwise);
       if (note.head().x != 0) {
         const RowSpans kept = mask.rows(top, top + 16);
         const int end = max_int(max_int(kept.prefix.hi, kept.window.hi), kept.group.hi);

@@ -7,8 +7,8 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// kAfter: the kernel before it in the stream has called launch_dependents(), so that this one may start while that one
-// ends; it must itself call wait_for_prerequisites().
+// kAfter: this kernel may start once all blocks of the one before it in the stream have called launch_dependents() or
+// left; it must itself call wait_for_prerequisites().
 template <bool kAfter, class Arguments>
 Status launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
               cudaStream_t stream) {

@@ -4,8 +4,8 @@
 //
 // A block of threads takes bands of two or three diagonals of tiles of one sequence and head, and walks along them. The
 // position term is constant along diagonals of elements, so a warpgroup keeps its diagonal's weights and its sums of
-// dS, an element each, in registers over the whole walk: a score costs an addition. Sums of time are kept of two
-// buckets in each lane, as buckets hardly change along a diagonal.
+// dS, an element each, in registers over the whole walk: a score costs an addition. Sums of four
+// buckets of time wait in shared memory, a lane each: buckets hardly change along a diagonal.
 //
 //   find     | bands of the next item            (near the end of the item before)
 //   load     | K0 V0 Q0 dO0 | K1 V1 Q1 dO1 | ...          (each used by the three groups, K and V one step apart)
@@ -15,9 +15,9 @@
 #pragma once
 
 #include "cuda/ptx/dependent.h"
-#include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/meet.h"
 #include "cuda/sm90/table_grads_load.h"
 #include "cuda/sm90/table_grads_time.h"
 #include "cuda/sm90/tensor_map.h"
@@ -124,9 +124,9 @@ struct TableComputer {
     const int e = thread(), distance = at.key - (at.query - warp_row()) + e - (kTableTile - 1);
     const float weight = p.weight ? kArgument * __ldg(p.weight + position_index(0, distance, p.positions)) : 0.f;
     const int barrier = 2 + warp() / 4;
-    ptx::named_barrier_sync(barrier, 128);  // all are done with the last job's
+    meet(barrier, 128);  // all are done with the last job's
     shared.window(group).set(e, weight);
-    ptx::named_barrier_sync(barrier, 128);
+    meet(barrier, 128);
   }
   __device__ __forceinline__ uint32_t first_pair() const {
     return shared.window(group).pair(static_cast<int>(lane() % 4 * 2 - lane() / 4) - warp_row() + kTableTile - 1);
@@ -319,7 +319,7 @@ struct TableComputer {
     if (problem().relative.time_weight)
       TimeTerm(problem().relative, Sequence(), 0, shared.cells())
           .template make_cells<kLines>(shared.cells(), threadIdx.x - 128, C::kThreads - 128);
-    ptx::named_barrier_sync(1, C::kThreads - 128);
+    meet(1, C::kThreads - 128);
     for (unsigned jobs = 0;; jobs = notes().jobs() + 1) {
       notes().set_jobs(jobs);
       shared.state.job.full[jobs % kTableJobs].wait(jobs / kTableJobs % 2);

@@ -62,7 +62,7 @@ struct StepPart {
   bool last;  // of the job
 };
 
-// Of the steps of a band, 30 at a time, a lane each: which groups keep something of their tile, and all of it.
+// Of the steps of a band, kSteps at a time, a lane each: which groups keep something of their tile, and all of it.
 template <class C>
 class StepFinder {
  public:

@@ -15,8 +15,8 @@ class DiagonalBands {
   HSTU_HD DiagonalBands(const Sequence& s, int block) {
     const int queries = ceil_div(s.num_q, kTile), keys = ceil_div(s.mask.len, kTile);
     base_ = -ceil_div(max_int(s.first_row, 0), kTile);
-    up_ = ceil_div(queries - base_, kWidth);
-    down_ = s.mask.looks_ahead() ? ceil_div(keys - 1 + base_, kWidth) : 0;
+    up_ = queries > 0 ? ceil_div(queries - base_, kWidth) : 0;
+    down_ = queries > 0 && s.mask.looks_ahead() ? ceil_div(keys - 1 + base_, kWidth) : 0;
     block_ = block, last_ = block == ceil_div(s.mask.len, kWidth * kTile) - 1;
   }
   // The lowest diagonal of the item's band number `i`, from 0 on; false: it has no more.

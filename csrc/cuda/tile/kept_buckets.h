@@ -27,7 +27,8 @@ class KeptBuckets {
         for (int r = 0; r < 2 * kM; ++r) f(s.x[r / 2][n][r % 2 * 2 + c], (n * 2 + c) * 2 * kM + r);
   }
 
-  // Buckets count from the tile's smallest one, `first`; there are `count` of them. Put in order.
+  // Buckets count from the tile's smallest one, `first`; there are `count` of them. Put element by element from 0
+  // on: a word is stored with its fourth.
   template <class Slots>
   __device__ __forceinline__ void put(const Slots& slots, int element, int bucket) {
     uint32_t& word = words_[element / 4];
@@ -44,6 +45,13 @@ class KeptBuckets {
     if (lane_id() == 0) ptx::st_shared(slots.at(kWords * 32), uint2{});
   }
 
+  // Bits of a lane's largest value without its sign; those of a NaN are larger than any number's.
+  __device__ static __forceinline__ unsigned largest(const Accumulator<kM, kN>& ds) {
+    unsigned most = 0;
+    ds.each([&](float x, int, int) { most = max(most, __float_as_uint(fabsf(x))); });
+    return most;
+  }
+
   // Adds the sums of ds by bucket; false: nothing is kept. Sums are integers, scaled to 20 bits below the largest
   // value, which shared memory adds at full speed and in any order to the same result. There are several sums of a
   // bucket, as many as there is room for, because lanes that add to the same one wait for each other.
@@ -57,9 +65,7 @@ class KeptBuckets {
     if (count == 0) return false;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words_[i] = ptx::ld_shared_int(slots.at(i * 32 + lane));
-    float most = 0.f;
-    ds.each([&](float x, int, int) { most = fmaxf(most, fabsf(x)); });
-    const unsigned top = __reduce_max_sync(~0u, __float_as_uint(most));
+    const unsigned top = __reduce_max_sync(~0u, largest(ds));
     if (top >= 0x7f800000) return false;
     if (top == 0) return true;
     const int exponent = max_int(static_cast<int>(top >> 23), 20);

@@ -111,9 +111,7 @@ struct TileTimes {
       add_running(t, ds, to);
       return;
     }
-    float most = 0.f;
-    ds.each([&](float x, int, int) { most = fmaxf(most, fabsf(x)); });
-    const unsigned top = __reduce_max_sync(~0u, __float_as_uint(most));
+    const unsigned top = __reduce_max_sync(~0u, KeptBuckets<kM, kN>::largest(ds));
     if (top == 0) return;
     if (way != kSearch && last - bucket < kSlots<Slots> && top < 0x7f800000) {
       add_counting<kIs16Bit<T> ? 1 : 2>(t, ds, to, slots, top);

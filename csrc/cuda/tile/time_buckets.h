@@ -53,12 +53,17 @@ struct TimeTerm {
       : weight(p.time_weight ? static_cast<const float*>(p.time_weight) + head * p.time_head_stride : nullptr),
         boundaries(p.time_boundaries),
         count(p.num_boundaries),
-        query_times(p.query_timestamps ? p.query_timestamps + s.begin_q - s.first_row : p.timestamps + s.begin_kv),
+        query_times(own_times(p, s) ? p.query_timestamps + s.begin_q - s.first_row : p.timestamps + s.begin_kv),
         key_times(p.timestamps + s.begin_kv),
-        first_query(p.query_timestamps ? s.first_row : max_int(s.first_row, 0)),
+        first_query(own_times(p, s) ? s.first_row : max_int(s.first_row, 0)),
         last_query(s.mask.len - 1),
         last_key(s.mask.len - 1),
         cells(static_cast<uint32_t>(__cvta_generic_to_shared(shared))) {}
+
+  // Have queries times of their own? A sequence without any must not read those of another.
+  __device__ static bool own_times(const RelativeBiasParams& p, const Sequence& s) {
+    return p.query_timestamps && s.num_q > 0;
+  }
 
   // Of tables of more boundaries than this, cells hold lines (kLines).
   static constexpr int kMostCellBoundaries = 128;
@@ -157,11 +162,6 @@ struct TimeTerm {
     const long long left = kTransposed ? query_time(query) : key_time(key),
                     right = kTransposed ? query_time(query + kCols - 1) : key_time(key + kCols - 1);
     return kTransposed ? between(left, right, lo, hi, right - left) : between(lo, hi, left, right, right - left);
-  }
-  // The same of one lane's tile of queries and keys both of whose times rise, from its first to its last ones.
-  __device__ __forceinline__ BucketRange ends(int query, int last_query, int key, int last_key) const {
-    const long long left = key_time(key), right = key_time(last_key);
-    return between(query_time(query), query_time(last_query), left, right, right - left);
   }
   // Of queries and keys between two times each; span: of the columns' times.
   __device__ __forceinline__ BucketRange between(long long first_query, long long last_query, long long first_key,
