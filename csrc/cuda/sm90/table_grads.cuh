@@ -3,15 +3,15 @@
 // room or time for these sums.
 //
 // A block of threads takes bands of two or three diagonals of tiles of one sequence and head, and walks along them. The
-// position term is constant along diagonals of elements, so a warpgroup keeps its diagonal's weights and its sums of
-// dS, an element each, in registers over the whole walk: a score costs an addition. Sums of four
-// buckets of time wait in shared memory, a lane each: buckets hardly change along a diagonal.
+// position term is constant along diagonals of elements, so its weights stay in shared memory and a lane's sums of dS,
+// by diagonal, in registers over the whole walk: a score costs an addition. A lane's sums of four buckets of time wait
+// in shared memory: buckets hardly change along a diagonal.
 //
 //   find     | bands of the next item            (near the end of the item before)
 //   load     | K0 V0 Q0 dO0 | K1 V1 Q1 dO1 | ...          (each used by the three groups, K and V one step apart)
 //   compute  |  S = Q K^T, dP = dO V^T | dS, sums | S, dP of the next step ...
 //
-// Barriers: see table_grads_config.h.
+// Barriers: see table_grads_storage.h.
 #pragma once
 
 #include "cuda/ptx/dependent.h"
@@ -68,7 +68,7 @@ struct TableComputer {
   }
   __device__ TableNotes notes() const { return shared.notes(warp()); }
 
-  // This warp's tile; job by job, that of step 0, which is on all of a group's diagonals.
+  // This warp's tile of the step; of a job, that of a step 0, where its diagonal would begin.
   __device__ TileOrigin origin() const { return {tile().row + warp_row(), tile().col - group * kTableTile}; }
   __device__ TileOrigin origin(const TableJob& job) const {
     return {job.job.sequence.first_row + warp_row(), -(job.diagonal + group) * kTableTile};
