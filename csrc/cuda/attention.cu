@@ -169,6 +169,9 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   constexpr int kMostDims = 128;
   if (refusal.empty() && has_bias(a) && (params.deterministic || a.dense.data || head_dim(a) > kMostDims))
     refusal = "of a bias, it takes relative ones, with up to 128 dimensions, in no fixed order";
+  constexpr int64_t kMostTableRows = 1 << 24;  // steps along a diagonal have 19 bits
+  if (refusal.empty() && (params.grad_position_weight || params.grad_time_weight) && a.jagged.total_q > kMostTableRows)
+    refusal = "with gradients of bias tables, it takes up to 2^24 rows of queries";
   if (refusal.empty() && !sm90::has_tensor_map(params.grad_out, a.dim_v, a.jagged.total_q))
     refusal = "it takes a gradient of the output whose rows start on 16 bytes";
   return refusal;
