@@ -39,7 +39,7 @@ struct BwdFiller {
                 last = 2 * position.positions - 2;
 #pragma unroll
       for (int i = 0; i < Stage::kWindow / 32; ++i)
-        stage.copy_weight(i * 32 + lane, position.weight + clamp_int(from - i * 32, 0, last));
+        stage.window().copy(i * 32 + lane, position.weight + clamp_int(from - i * 32, 0, last));
     }
     ptx::cp_async_arrive(gate.full[index].address());
     if (relative.time_weight) stage.write_times(times, lane);

@@ -6,6 +6,7 @@
 #include "cuda/ptx/memory.h"
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/diagonal_window.h"
 #include "cuda/sm90/fwd_bias_cells.h"
 #include "cuda/sm90/meet.h"
 #include "cuda/tile/bias.h"
@@ -77,9 +78,8 @@ template <class B>
 class BiasStage {
  public:
   static constexpr int kWarps = B::kRows / 16;
-  // Entry e of the window is the weight of column j and row i with e = j - i + kRows - 1. It is there twice, the second
-  // time one word further on: pairs of columns are aligned in one of them, and both are read without bank conflicts.
-  static constexpr int kWindow = B::kRows + B::kCols;
+  using Window = DiagonalWindow<B::kRows, B::kCols>;
+  static constexpr int kWindow = Window::kEntries;
 
   __device__ explicit BiasStage(uint32_t base) : base_(base) {}
 
@@ -90,15 +90,7 @@ class BiasStage {
   };
   __device__ __forceinline__ void write_window(const Part& part) const {
 #pragma unroll
-    for (int i = 0; i < kWindow / 32; ++i)
-#pragma unroll
-      for (int copy = 0; copy < 2; ++copy)
-        ptx::st_shared(base_ + copy * kCopy + (i * 32 + lane_id()) * 4, __float_as_uint(part.weights[i]));
-  }
-  // One entry, asynchronously.
-  __device__ __forceinline__ void copy_weight(int entry, const float* from) const {
-#pragma unroll
-    for (int copy = 0; copy < 2; ++copy) ptx::cp_async_4(base_ + copy * kCopy + entry * 4, from);
+    for (int i = 0; i < kWindow / 32; ++i) window().set(i * 32 + lane_id(), part.weights[i]);
   }
   __device__ __forceinline__ void write_times(const int (&times)[B::kCols / 32], int lane) const {
     const int left = B::kTransposed ? __shfl_sync(~0u, times[B::kCols / 32 - 1], 31) : __shfl_sync(~0u, times[0], 0);
@@ -108,12 +100,7 @@ class BiasStage {
     if (lane == 0) ptx::st_shared(base_ + kLeft, static_cast<uint32_t>(left));
   }
 
-  // Of entries e and e + 1, from the base of the stage on: those of row `row` and columns from `col` on.
-  __device__ static int pair(int row, int col) {
-    const int e = col - row + B::kRows - 1;
-    return e * 4 + (e & 1) * kCopy;
-  }
-  __device__ float2 weights(int pair) const { return ptx::ld_shared_v2(base_ + pair); }
+  __device__ Window window() const { return {base_}; }
 
   // Times of columns from the smallest on, if they are in order, and the low word of that: differences of times less
   // than 2^31 apart are right.
@@ -123,7 +110,7 @@ class BiasStage {
   __device__ WarpNote note(int warp) const { return {base_ + kNotes + warp * WarpNote::kBytes}; }
 
  private:
-  static constexpr int kCopy = (kWindow + 17) * 4, kTimes = 2 * (kCopy + 12), kNotes = kTimes + B::kCols * 4,
+  static constexpr int kTimes = Window::kBytes, kNotes = kTimes + B::kCols * 4,
                        kLeft = kNotes + kWarps * WarpNote::kBytes;
   static_assert(kWindow % 32 == 0 && kNotes % 16 == 0);
 

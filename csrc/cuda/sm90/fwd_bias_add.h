@@ -145,13 +145,13 @@ struct TileBias<C, RelativeBias> {
     const int2 head = note.head();
     code = ptx::uniform(head.x);
     weight = __int_as_float(head.y);
-    pair = stage.pair(at.warp * 16 + lane_row(), lane_col());
+    pair = stage.window().pair(at.warp * 16 + lane_row(), lane_col());
   }
 
   __device__ __forceinline__ void load(float argument) {
 #pragma unroll
     for (int d = 0; d < 9; ++d) {
-      const float2 x = stage.weights(pair + (d - 1) * 32);
+      const float2 x = stage.window().weights(pair + (d - 1) * 32);
       diagonals[d] = make_float2(fmaf(argument, x.x, weight), fmaf(argument, x.y, weight));
     }
   }

@@ -128,20 +128,18 @@ struct TableComputer {
     shared.window(group).set(e, weight);
     meet(barrier, 128);
   }
-  __device__ __forceinline__ uint32_t first_pair() const {
-    return shared.window(group).pair(static_cast<int>(lane() % 4 * 2 - lane() / 4) - warp_row() + kTableTile - 1);
-  }
-
-  // u = argument (alpha s + bias); pair: where the lane's weights of diagonals are; weight: of the first bucket.
-  __device__ __forceinline__ void add_bias(BiasNote note, float weight, uint32_t pair, Tile& s) const {
+  // u = argument (alpha s + bias); weight: of the first bucket.
+  __device__ __forceinline__ void add_bias(BiasNote note, float weight, Tile& s) const {
     if (note.elementwise()) {
       const TableJob& of = job();
       s.each([&](float& x, int, int) { x = fmaf(x, arguments.alpha, weight); });
       position(of).template add_elementwise<false>(s, of.job.sequence.mask, origin(), kArgument);
     } else {
+      const TableWindow window = shared.window(group);
+      const int pair = window.pair(warp_row() + static_cast<int>(lane() / 4), static_cast<int>(lane() % 4 * 2));
 #pragma unroll
       for (int d = -1; d < 8; ++d) {
-        const float2 w = TableWindow::weights(pair, d);
+        const float2 w = window.weights(pair + d * 32);
         const float2 b = {w.x + weight, w.y + weight};
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -239,7 +237,7 @@ struct TableComputer {
     ptx::wgmma_wait<1>();
     ptx::wgmma_settle(s);
     Tile &u = reinterpret_cast<Tile&>(s), &ds = reinterpret_cast<Tile&>(d);
-    add_bias(note, __int_as_float(head.y), first_pair(), u);
+    add_bias(note, __int_as_float(head.y), u);
     Score<T>::slope(u);
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(d);

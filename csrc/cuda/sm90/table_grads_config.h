@@ -3,6 +3,7 @@
 
 #include "cuda/ptx/memory.h"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/diagonal_window.h"
 #include "cuda/tile/table_grad.h"
 #include "cuda/tile/time_buckets.h"
 
@@ -10,22 +11,7 @@ namespace hstu_ops::cuda::sm90 {
 
 constexpr int kTableTile = 64;  // queries and keys of a tile
 
-// Weights of a tile's diagonals: entry e is that of column j and row i with e = j - i + 63. It is there twice, the
-// second time one word further on: pairs of columns are aligned in one of them, and both are read without bank
-// conflicts.
-struct TableWindow {
-  static constexpr int kEntries = 2 * kTableTile, kCopy = (kEntries + 17) * 4, kBytes = 2 * (kCopy + 12);
-
-  uint32_t base;
-
-  __device__ void set(int e, float weight) const {
-    ptx::st_shared(base + e * 4, __float_as_uint(weight));
-    ptx::st_shared(base + kCopy + e * 4, __float_as_uint(weight));
-  }
-  // Where entries e and e + 1 are, and those 8 d further on.
-  __device__ uint32_t pair(int e) const { return base + e * 4 + (e & 1) * kCopy; }
-  __device__ static float2 weights(uint32_t pair, int d) { return ptx::ld_shared_v2(pair + d * 32); }
-};
+using TableWindow = DiagonalWindow<kTableTile, kTableTile>;
 
 // What a computing warp knows of its tiles of 32 steps: a BiasNote each, and the weight of the first bucket of few. And
 // how many jobs it has done, which would take a register.
@@ -75,7 +61,7 @@ struct BucketSums {
     if (there == bucket) {
       x += before;
     } else {
-      flush(to, there, before);
+      to.add_of_warp(there, before);
       if (lane_id() == 0) ptx::st_shared(base + slot * 4, static_cast<uint32_t>(bucket));
       __syncwarp();
     }
@@ -83,15 +69,8 @@ struct BucketSums {
   }
   __device__ void finish(const TableTarget& to) const {
 #pragma unroll 1
-    for (int slot = 0; slot < 4; ++slot) flush(to, ptx::ld_shared_int(base + slot * 4), ptx::ld_shared(sum(slot)));
+    for (int slot = 0; slot < 4; ++slot) to.add_of_warp(ptx::ld_shared_int(base + slot * 4), ptx::ld_shared(sum(slot)));
     __syncwarp();
-  }
-
- private:
-  __device__ static __forceinline__ void flush(const TableTarget& to, int bucket, float x) {
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    if (lane_id() == 0) to.add(bucket, x);
   }
 };
 

@@ -59,6 +59,12 @@ struct TableTarget {
   float factor;
 
   __device__ __forceinline__ void add(int index, float x) const { sums.add(head, index, x * factor); }
+  // The sum over the warp's lanes.
+  __device__ __forceinline__ void add_of_warp(int index, float x) const {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    if (lane_id() == 0) add(index, x);
+  }
 };
 
 struct BiasGradients {

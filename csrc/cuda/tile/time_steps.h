@@ -32,10 +32,7 @@ struct TimeWindow {
  private:
   // The first of the two; the second takes its place.
   __device__ __forceinline__ void flush(const TableTarget& to) {
-    float x = sum[0];
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    if (lane_id() == 0) to.add(bucket, x);
+    to.add_of_warp(bucket, sum[0]);
     sum[0] = sum[1];
     sum[1] = 0.f;
   }

@@ -1,0 +1,36 @@
+// Weights of the position term of a tile, by diagonal, in shared memory. Used by both directions and for gradients of
+// the tables.
+#pragma once
+
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/memory.h"
+
+namespace hstu_ops::cuda::sm90 {
+
+// Entry e is the weight of column j and row i with e = j - i + kRows - 1. It is there twice, the second time one word
+// further on: pairs of columns are aligned in one of them, and both are read without bank conflicts.
+template <int kRows, int kCols>
+struct DiagonalWindow {
+  static constexpr int kEntries = kRows + kCols, kCopy = (kEntries + 17) * 4, kBytes = 2 * (kCopy + 12);
+
+  uint32_t base;
+
+  __device__ __forceinline__ void set(int e, float weight) const {
+#pragma unroll
+    for (int copy = 0; copy < 2; ++copy) ptx::st_shared(base + copy * kCopy + e * 4, __float_as_uint(weight));
+  }
+  // The same out of global memory, asynchronously.
+  __device__ __forceinline__ void copy(int e, const float* from) const {
+#pragma unroll
+    for (int copy = 0; copy < 2; ++copy) ptx::cp_async_4(base + copy * kCopy + e * 4, from);
+  }
+  // Where the weights of row `row` and columns `col` and `col` + 1 are, from the window's start on; those of columns 8
+  // further on are 32 bytes further on.
+  __device__ static int pair(int row, int col) {
+    const int e = col - row + kRows - 1;
+    return e * 4 + (e & 1) * kCopy;
+  }
+  __device__ float2 weights(int pair) const { return ptx::ld_shared_v2(base + pair); }
+};
+
+}  // namespace hstu_ops::cuda::sm90
