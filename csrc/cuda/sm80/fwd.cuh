@@ -196,11 +196,13 @@ __global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::k
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Job job;
   __shared__ RowPair<typename C::T> keys;
-  __shared__ int more;  // are there more items than blocks? Only where offsets are ill-formed
+  __shared__ int more;              // are there more items than blocks? Only where offsets are ill-formed
+  __shared__ const Schedule* kept;  // where the schedule of further items is: in registers, its address would spill
   const FwdStorage<C> shared(memory);
   const AttentionProblem& problem = arguments.params.problem;
+  const Schedule* schedule = &arguments.schedule;
   for (int64_t i = blockIdx.x;;) {
-    const WorkItem item = find_work<C::kRows, false>(arguments.schedule, i);
+    const WorkItem item = find_work<C::kRows, false>(*schedule, i);
     if (item.block < 0) break;
     if (threadIdx.x == 0) {
       job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), i, false};
@@ -208,6 +210,7 @@ __global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::k
                job.sequence.mask.len, C::kDim);
       reset_bias<Bias>(shared.bias);
       more = gridDim.x == kMostBlocks;
+      kept = schedule;
     }
     __syncthreads();
     FwdTile<C, Bias> tile(arguments, job, keys, shared);
@@ -215,6 +218,7 @@ __global__ void __launch_bounds__(C::kThreads, Bias::shared_bytes(1) == 0 ? C::k
     tile.store();
     if (!more) break;
     i = job.index + gridDim.x;
+    schedule = kept;
     __syncthreads();  // the next item reuses shared memory
   }
 }
