@@ -190,21 +190,22 @@ _TABLES = {
 }
 
 
+def _with_buckets(bias, buckets, *heads):
+    """Other buckets and weights for them."""
+    gen = torch.Generator().manual_seed(7)
+    weight = torch.randn(*heads, len(buckets.boundaries) + 1, generator=gen, dtype=torch.float64)
+    weight = weight.to(bias.time_weight).requires_grad_()
+    return replace(bias, buckets=buckets.to(weight.device), time_weight=weight)
+
+
 @pytest.mark.parametrize("kind", ("rising", "milliseconds", "shuffled", "ties"))
 @pytest.mark.parametrize("table", _TABLES)
 def test_many_buckets(table, kind, dtype, device):
     """More boundaries than a logarithm has, as dense and as uneven as they like."""
 
     def change(inputs):
-        given, buckets = inputs.options["bias"], _TABLES[table].to(device)
-        gen = torch.Generator().manual_seed(7)
-        weight = torch.randn(2, len(buckets.boundaries) + 1, generator=gen, dtype=torch.float64)
-        inputs.options["bias"] = replace(
-            given,
-            timestamps=_TIMES[kind](given.timestamps),
-            time_weight=weight.to(given.time_weight).requires_grad_(),
-            buckets=buckets,
-        )
+        bias = _with_buckets(inputs.options["bias"], _TABLES[table], 2)
+        inputs.options["bias"] = replace(bias, timestamps=_TIMES[kind](bias.timestamps))
 
     if dtype != torch.float64:
         check(Case(table, (400, 93), bias="position+time/head", dim_qk=64, dim_v=64), dtype, device, change=change)
@@ -215,9 +216,7 @@ def test_nan_reaches_the_tables(table, dtype, device):
     """The gradients of all entries that a NaN row reads are NaN: none of it is lost on the way."""
     inputs = make(Case("nan", (400, 93), bias="position+time", dim_qk=64, dim_v=64), dtype, device)
     if table == "sqrt":
-        buckets = TimeBuckets.sqrt().to(device)
-        weight = torch.zeros(len(buckets.boundaries) + 1).to(inputs.options["bias"].time_weight).requires_grad_()
-        inputs.options["bias"] = replace(inputs.options["bias"], buckets=buckets, time_weight=weight)
+        inputs.options["bias"] = _with_buckets(inputs.options["bias"], _TABLES["sqrt"])
     row, bias = 201, inputs.options["bias"]
     with torch.no_grad():
         inputs.q[row, 1, 3] = float("nan")
@@ -236,10 +235,7 @@ def test_frozen_tables(table, dim, wanted, dtype, device):
     def change(inputs):
         bias = inputs.options["bias"]
         if table == "sqrt":
-            buckets = TimeBuckets.sqrt().to(device)
-            gen = torch.Generator().manual_seed(7)
-            weight = torch.randn(len(buckets.boundaries) + 1, generator=gen, dtype=torch.float64)
-            bias = replace(bias, buckets=buckets, time_weight=weight.to(bias.time_weight))
+            bias = _with_buckets(bias, _TABLES["sqrt"])
         bias = replace(
             bias,
             **{x: getattr(bias, x).detach().requires_grad_(x in wanted) for x in ("position_weight", "time_weight")},

@@ -266,14 +266,7 @@ struct TableComputer {
         here = next;
       }
     }
-    // Over the four lanes of a rho, each of which keeps a quarter of the sums.
-#pragma unroll
-    for (int half = 6, bit = 1; bit <= 2; half /= 2, bit *= 2)
-#pragma unroll
-      for (int i = 0; i < half; ++i) {
-        const float keep = quad & bit ? t[i + half] : t[i], send = quad & bit ? t[i] : t[i + half];
-        t[i] = keep + __shfl_xor_sync(~0u, send, bit);
-      }
+    sum_quarters(t, quad);  // over the lanes of a rho
     const TableTarget to = position_target(job);
     const TileOrigin at = origin(job);
     const int start = at.key - at.query + rho + 8 * ((quad & 1) * 6 + (quad & 2) / 2 * 3 - 2);

@@ -140,14 +140,7 @@ struct Diagonals {
         here = next;
       }
     }
-    // Over the four lanes of a rho, each of which keeps a quarter of the sums.
-#pragma unroll
-    for (int half = kSums / 2, bit = 1; bit <= 2; half /= 2, bit *= 2)
-#pragma unroll
-      for (int i = 0; i < half; ++i) {
-        const float keep = quad & bit ? t[i + half] : t[i], send = quad & bit ? t[i] : t[i + half];
-        t[i] = keep + __shfl_xor_sync(~0u, send, bit);
-      }
+    sum_quarters(t, quad);  // over the lanes of a rho
     const int d = (quad & 1) * 4 + (quad & 2) - 2 * kM;
     const int origin = o.key - o.query + p.positions - 1;
 #pragma unroll

@@ -52,6 +52,26 @@ struct TableSums {
   }
 };
 
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+// Sums over each four lanes, a quarter of which stays in each: in lane `quad` of them, t[0] is sum number kCount / 4
+// times (0, 2, 1, 3)[quad].
+template <int kCount>
+__device__ __forceinline__ void sum_quarters(float (&t)[kCount], int quad) {
+  static_assert(kCount % 4 == 0);
+#pragma unroll
+  for (int half = kCount / 2, bit = 1; bit <= 2; half /= 2, bit *= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float keep = quad & bit ? t[i + half] : t[i], send = quad & bit ? t[i] : t[i + half];
+      t[i] = keep + __shfl_xor_sync(~0u, send, bit);
+    }
+}
+
 // Where one head's sums go, each times a factor.
 struct TableTarget {
   const TableSums& sums;
@@ -61,8 +81,7 @@ struct TableTarget {
   __device__ __forceinline__ void add(int index, float x) const { sums.add(head, index, x * factor); }
   // The sum over the warp's lanes.
   __device__ __forceinline__ void add_of_warp(int index, float x) const {
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    x = sum_of_warp(x);
     if (lane_id() == 0) add(index, x);
   }
 };

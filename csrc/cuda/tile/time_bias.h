@@ -22,8 +22,7 @@ struct TimeRun {
   // Where the whole warp holds one bucket a single addition does.
   __device__ __forceinline__ void finish(const TableTarget& to) {
     if (__reduce_min_sync(~0u, bucket) == __reduce_max_sync(~0u, bucket)) {
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      sum = sum_of_warp(sum);
       if (lane_id() != 0) sum = 0.f;
     }
     to.add(bucket, sum);
