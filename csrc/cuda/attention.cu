@@ -177,12 +177,6 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   return refusal;
 }
 
-// Of short sequences with narrow heads and few buckets, the Hopper forward spends longer on the bias than on the rest.
-bool portable_is_faster(const AttentionProblem& a) {
-  const RelativeBiasParams& r = a.relative;
-  return r.time_weight && r.num_boundaries < 512 && head_dim(a) <= 64 && a.jagged.total_kv < 1024 * a.jagged.batch;
-}
-
 // The gradient of a table of many buckets looks up each element, which the portable kernel does faster.
 bool portable_is_faster(const AttentionBwdParams& params) {
   return params.grad_time_weight && params.problem.relative.num_boundaries > TimeTerm::kMostCellBoundaries;
@@ -221,7 +215,6 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, void* st
   Backend backend;
   if (Status status = read_backend(backend); !status.ok()) return status;
   if (empty(params.problem)) return {};
-  if (backend == Backend::kFastest && portable_is_faster(params.problem)) backend = Backend::kSm80;
   int processors = 0;
   const std::string refusal = backend == Backend::kSm80 ? "" : sm90_refusal(params.problem, processors);
   if (backend == Backend::kSm90 && !refusal.empty()) return {"HSTU_OPS_BACKEND=sm90: " + refusal};

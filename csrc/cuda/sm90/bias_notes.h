@@ -75,9 +75,10 @@ class TimeNoter {
     const Octave octave = cells.octave(Cells::octave_of(low));
     uint32_t cell = cells.cell(low, octave);
     const float weight = ptx::ld_shared(cell + (low >= ptx::ld_shared_int(cell) ? 4 : 0) + Cells::kWeight);
-    int steps = 0;
+    int steps = 0, next = ptx::ld_shared_int(cell);
     for (unsigned i = 0; i <= more; ++i, cell += 4) {
-      const int boundary = ptx::ld_shared_int(cell);
+      const int boundary = next;
+      next = ptx::ld_shared_int(cell + 4);
       if (boundary <= low || boundary > high) continue;
       if (++steps > WarpNote::kMostSteps) break;
       note.set_step(steps - 1, boundary, left,

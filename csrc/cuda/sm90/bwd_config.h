@@ -37,7 +37,7 @@ struct BwdShape {
   // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
   // Of a relative bias: see BwdBiasShape.
   static constexpr bool kBias = false;
-  using Relative = BiasShape<kKeys, true, 1, 1, 1>;
+  using Relative = BiasShape<kKeys, true, 1, 1>;
   using Notes = NoteQueue<Relative, 1, 1>;
   static constexpr int kBiasStages = 1, kBiasStageBytes = 0;
   static constexpr int kTimeRows = 1;  // whose times a block keeps
@@ -62,7 +62,7 @@ struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
 template <class Shape, int kCells, int kNotedTiles, int kLoads, int kCompute>
 struct BwdBiasShape : Shape {
   static constexpr bool kBias = true;
-  using Relative = BiasShape<Shape::kKeys, true, kCells, kNotedTiles, 4>;
+  using Relative = BiasShape<Shape::kKeys, true, kCells, kNotedTiles>;
   using Notes = NoteQueue<Relative, 1, 2 * kNotedTiles>;
   static constexpr int kBiasStages = 4, kBiasStageBytes = BiasStage<Relative>::kBytes;
   static constexpr int kBiasBytes = BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes;

@@ -269,34 +269,31 @@ struct FwdComputer {
     advance();
   }
 
-  // Tiles [tile, end), of each of which this warpgroup keeps something.
+  // Tiles [tile, end), of each of which this warpgroup keeps something. The first tile, which has no values to multiply
+  // yet, shares the code of the others: two copies do not fit the instruction cache.
   __device__ __forceinline__ void compute_run(const FwdItem<C>& item, const GroupTiles& tiles, int tile, int end,
                                               const Queries& q, Output& out) {
     Scores s;
     Weights p;
-    bool covered = tiles.covers(tile);
-    await_keys();
-    TileBias<C> bias = await_bias(item, tile);
-    multiply_keys(q, s);
-    bias.load(Score<T>::kArgument);
-    ptx::wgmma_wait<0>();
-    release_keys(tiles, tile);
-    activate(s, item, tile, bias, covered);
-    round(s, p);
     Ring<C::kStages> current = ring;
-    advance();
-    for (++tile; tile < end; ++tile) {
-      covered = tiles.covers(tile);
+    const int first = tile;
+#pragma unroll 1
+    for (; tile < end; ++tile) {
+      const bool covered = tiles.covers(tile);
       await_keys();
       TileBias<C> bias = await_bias(item, tile);
       multiply_keys(q, s);
-      multiply_values(out, p, C::kCols, current);
+      if (tile > first) {
+        multiply_values(out, p, C::kCols, current);
+      } else {
+        ptx::wgmma_commit();  // of nothing
+      }
       bias.load(Score<T>::kArgument);
       ptx::wgmma_wait<1>();
       release_keys(tiles, tile);
       activate(s, item, tile, bias, covered);
       ptx::wgmma_wait<0>();
-      release_values(current.stage, bias_ring.before());
+      if (tile > first) release_values(current.stage, bias_ring.before());
       round(s, p);
       current = ring;
       advance();

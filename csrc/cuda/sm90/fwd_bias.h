@@ -22,12 +22,11 @@ struct Lane {
 };
 
 // A block's kRows rows, 16 a warp, and tiles of kCols columns: queries and keys or, if kTransposed, the reverse.
-// kCells: what tiles leave room for; kNotedTiles: looked at together; kBatch: tensor core tiles whose look-ups are in
-// flight together.
-template <int kRows_, bool kTransposed_, int kCells_, int kNotedTiles_, int kBatch_>
+// kCells: what tiles leave room for; kNotedTiles: looked at together.
+template <int kRows_, bool kTransposed_, int kCells_, int kNotedTiles_>
 struct BiasShape {
   static constexpr int kRows = kRows_, kCols = 64, kCells = kCells_;
-  static constexpr int kNotedTiles = kNotedTiles_, kBatch = kBatch_;
+  static constexpr int kNotedTiles = kNotedTiles_;
   static constexpr bool kTransposed = kTransposed_;
 
   // Times such that a gap is that of the row less that of the column.

@@ -33,14 +33,15 @@ class BiasNoter {
     __syncwarp();
   }
 
-  // Notes of as many tiles as a buffer of the queue holds, of which lane i passes tile i, for all computing warps.
-  __device__ __forceinline__ void note_tiles(const FwdItem<C>& item, int tile, int buffer) const {
+  // Notes of `count` tiles, at most as many as a buffer of the queue holds, of which lane i passes tile i (later ones
+  // the last), for all computing warps.
+  __device__ __forceinline__ void note_tiles(const FwdItem<C>& item, int tile, int count, int buffer) const {
     const bool timed = problem_.relative.time_weight != nullptr;
     KeyTimes keys = {};
     if (timed) keys = read_keys(times(item), tile);
 #pragma unroll 1
-    for (int pair = lane_id(); pair < Queue::kTiles * kWarps; pair += 32) {
-      static_assert(Queue::kTiles * kWarps % 32 == 0);
+    for (int pair = lane_id(); pair - lane_id() < count * kWarps; pair += 32) {
+      static_assert(Queue::kTiles * kWarps % 32 == 0);  // all lanes have a place to write to
       const int i = pair / kWarps, warp = pair % kWarps, col = __shfl_sync(~0u, tile, i) * C::kCols;
       const TimeEnds at = {__shfl_sync(~0u, keys.left, i), __shfl_sync(~0u, keys.right, i), item.ends[warp].x,
                            item.ends[warp].y};

@@ -26,12 +26,12 @@ class BiasPreparer {
       if (problem_.relative.time_weight) noter_.read_queries(item);
       int tile = item.tiles().next(-1);
       while (tile < item.tiles().end()) {
-        int mine = tile;  // lane i: tile i of the next ones
+        int mine = tile, count = 0;  // lane i: tile i of the next ones
 #pragma unroll 1
-        for (int i = 0; i < Queue::kTiles; ++i, tile = item.tiles().next(tile))
-          if (i <= lane_id()) mine = tile;
+        for (; count < Queue::kTiles && tile < item.tiles().end(); ++count, tile = item.tiles().next(tile))
+          if (count <= lane_id()) mine = tile;
         shared_.barrier.notes_empty[buffer_.stage].wait(buffer_.round ^ 1);
-        noter_.note_tiles(item, mine, buffer_.stage);
+        noter_.note_tiles(item, mine, count, buffer_.stage);
         __syncwarp();
         if (lane_id() == 0) shared_.barrier.notes_full[buffer_.stage].arrive();
         buffer_.next();

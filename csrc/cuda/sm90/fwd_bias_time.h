@@ -41,16 +41,16 @@ __device__ __forceinline__ void add_steps(const BiasStage<B>& stage, const WarpN
   }
 }
 
-// s += argument weight[bucket] of a tile whose gaps the cells answer for; kOne: all of one octave;
-// code: the note's.
+// s += argument weight[bucket] of a tile whose gaps the cells answer for; kOne: all of one octave; code: the note's.
+// The loop is rolled, as unrolled it would push the rest of the kernel out of the instruction cache.
 template <bool kOne, class B>
 __device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typename BiasTables<B>::Cells& cells,
                                         const Octave& one, unsigned code, const int* times, Accumulator<1, 8>& s) {
   const Lane lane;
   const int left = stage.left(), rows[2] = {minus(times[lane.row()], left), minus(times[lane.row() + 8], left)};
-  constexpr int kBatch = B::kBatch;
+  constexpr int kBatch = 2;  // tensor core tiles whose look-ups are in flight together
   const uint32_t first_cell = cells.first(one);
-#pragma unroll
+#pragma unroll 1
   for (int first = 0; first < 8; first += kBatch) {
     if (!WarpNote::kept_block<B::kTransposed>(code, first, kBatch)) continue;
     int gap[kBatch][4];
@@ -70,10 +70,18 @@ __device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typenam
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (gap[n][e] >= ptx::ld_shared_int(at[n][e])) at[n][e] += 4;
+    float w[kBatch][4];
 #pragma unroll
     for (int n = 0; n < kBatch; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s.x[0][first + n][e] += ptx::ld_shared(at[n][e] + cells.kWeight);
+      for (int e = 0; e < 4; ++e) w[n][e] = ptx::ld_shared(at[n][e] + cells.kWeight);
+#pragma unroll
+    for (int to = 0; to < 8; to += kBatch)
+      if (to == first)
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s.x[0][to + n][e] += w[n][e];
   }
 }
 

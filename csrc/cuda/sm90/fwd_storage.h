@@ -29,7 +29,7 @@ using FwdBiasShape = BiasShape<Shape::kRows, false,
                                Shape::kDim == 256   ? 560
                                : Shape::kDim == 128 ? 4352
                                                     : 5120,
-                               Shape::kDim == 256 ? 4 : 8, Shape::kDim == 128 ? 2 : 4>;
+                               Shape::kDim == 256 ? 4 : 8>;
 
 // Shape and Bias, one of tile/bias.h.
 template <class Shape, class Bias_>
