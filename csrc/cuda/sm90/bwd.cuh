@@ -55,10 +55,11 @@ struct BwdComputer : BwdGroup<C, T> {
   // Has this warpgroup a part in dQ of the tile before `count`?
   __device__ bool has_turn(Count count) const { return !C::kTurns || count.before().stage<C::kGroups>() == group; }
 
-  // This warpgroup's 64 columns of dQ = dS K of the tile before `count`, begun.
-  __device__ __forceinline__ void multiply_keys(QuerySums& dq, Count count) const {
+  // This warpgroup's 64 columns of dQ = dS K of the tile before `count`, begun. If there is none, of anything: a branch
+  // around products takes registers.
+  __device__ __forceinline__ void multiply_keys(QuerySums& dq, Count count, bool there = true) const {
     const Count before = count.before();
-    barrier().score.full[before.stage<C::kScoreStages>()].wait(before.round<C::kScoreStages>());
+    if (there) barrier().score.full[before.stage<C::kScoreStages>()].wait(before.round<C::kScoreStages>());
     const ptx::Descriptor a(shared.score_panel(before.stage<C::kScoreStages>(), C::kSplitQueries ? group : 0).base),
         b(shared.key_panel(items.stage<C::kKeyStages>(), C::kPanels == 1 ? 0 : group).base);
     ptx::wgmma_fence();
@@ -143,10 +144,10 @@ struct BwdComputer : BwdGroup<C, T> {
                     shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
   }
 
-  // A tile of which this warpgroup keeps something. dQ of the tile before it is found beside this one's sums or, by
-  // turns, behind them, as three warpgroups have no registers for both; or not at all (the first tile of an item).
-  template <bool kBeside>
-  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, Sums& dk, Sums& dv, bool behind = false) {
+  // A tile of which this warpgroup keeps something. dQ of the tile before it, if there is one, is found beside this
+  // one's sums or, by turns, behind them, as three warpgroups have no registers for both.
+  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, Sums& dk, Sums& dv, bool first) {
+    constexpr bool kBeside = C::kQuerySums && !C::kTurns;
     Operand p, ds;
     QuerySums dq;
     Bits bits;
@@ -169,18 +170,18 @@ struct BwdComputer : BwdGroup<C, T> {
       ptx::wgmma_settle(d);
       score(job, tile, bits, s, d, p, ds);
     }
-    if (kBeside) multiply_keys(dq, tiles);
+    if (kBeside) multiply_keys(dq, tiles, !first);
     ptx::wgmma_settle(p), ptx::wgmma_settle(dv), ptx::wgmma_settle(ds), ptx::wgmma_settle(dk);
     ptx::wgmma_fence();
     accumulate(dv, p, shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
     accumulate(dk, ds, shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
     ptx::wgmma_commit();
     if (C::kQuerySums) put_scores(ds);
-    if (behind) finish_query_sums(job, tiles);
+    if (C::kTurns && !first) finish_query_sums(job, tiles);
     if (kBeside) {
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(dq);
-      put_query_sums(job, dq, tiles);
+      if (!first) put_query_sums(job, dq, tiles);
     }
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(dv);
@@ -208,14 +209,15 @@ struct BwdComputer : BwdGroup<C, T> {
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
   }
 
-  // dQ by turns: one copy of a tile's code serves the first tile, too, or registers would not do.
-  __device__ __forceinline__ void compute_turns(const Job& job, Sums& dk, Sums& dv) {
+  // One copy of a tile's code serves the first tile, too: two do not fit the instruction cache, by turns registers
+  // would not do.
+  __device__ __forceinline__ void compute(const Job& job, Sums& dk, Sums& dv) {
     bool first = true;
 #pragma unroll 1
     for (;;) {
       const BwdTile tile = await_tile(job, tiles);
       if (tile.kept(group)) {
-        compute_tile<false>(job, tile, dk, dv, !first);
+        compute_tile(job, tile, dk, dv, first);
       } else {
         skip_tile();
         if (!first) finish_query_sums(job, tiles);
@@ -223,30 +225,6 @@ struct BwdComputer : BwdGroup<C, T> {
       first = false;
       release_tile();
       if (tile.last()) break;
-    }
-    release(barrier().value.empty[items.stage<C::kValueStages>()]);
-    finish_query_sums(job, tiles);
-  }
-
-  __device__ __forceinline__ void compute(const Job& job, Sums& dk, Sums& dv) {
-    if constexpr (C::kTurns) return compute_turns(job, dk, dv);
-    BwdTile tile = await_tile(job, tiles);
-    if (tile.kept(group)) {
-      compute_tile<false>(job, tile, dk, dv);
-    } else {
-      skip_tile();
-    }
-    release_tile();
-#pragma unroll 1
-    while (!tile.last()) {
-      tile = await_tile(job, tiles);
-      if (tile.kept(group)) {
-        compute_tile<C::kQuerySums>(job, tile, dk, dv);
-      } else {
-        skip_tile();
-        finish_query_sums(job, tiles);
-      }
-      release_tile();
     }
     release(barrier().value.empty[items.stage<C::kValueStages>()]);
     finish_query_sums(job, tiles);
