@@ -219,11 +219,19 @@ struct TableComputer {
 
   // ---- a tile, a walk ----
 
+  // The groups' turns at the tensor cores: a group waits for the one before it, at a barrier of its own.
+  __device__ __forceinline__ void take_turn() const { meet(5 + warp() / 4, 256); }
+  __device__ __forceinline__ void pass_turn() const {
+    __syncwarp();
+    ptx::named_barrier_arrive(5 + (warp() / 4 + 1) % C::kGroups, 256);
+  }
+
   // A tile of which something is kept. Its dS goes to `sums` where the position term runs along diagonals.
   __device__ __forceinline__ void compute_tile(TableStep step, Diagonals& sums) {
     Scores s, d;
     const uint32_t queries = shared.query(count), keys = shared.key(count - group);
     const int2 head = notes().get(step.number() & 31);
+    take_turn();
     ptx::wgmma_fence();
     multiply(s, queries, keys);
     multiply(d, queries + C::kTileBytes, keys + C::kTileBytes);
@@ -236,6 +244,7 @@ struct TableComputer {
     }
     ptx::wgmma_wait<1>();
     ptx::wgmma_settle(s);
+    pass_turn();
     Tile &u = reinterpret_cast<Tile&>(s), &ds = reinterpret_cast<Tile&>(d);
     add_bias(note, __int_as_float(head.y), u);
     Score<T>::slope(u);
@@ -294,6 +303,8 @@ struct TableComputer {
         compute_tile(step, sums);
         step = tile().step.uniform();  // read again: it took a register
       } else {
+        take_turn();
+        pass_turn();
         release_tiles(step);
       }
       ++count;
@@ -311,10 +322,11 @@ struct TableComputer {
       TimeTerm(problem().relative, Sequence(), 0, shared.cells())
           .template make_cells<kLines>(shared.cells(), threadIdx.x - 128, C::kThreads - 128);
     meet(1, C::kThreads - 128);
+    if (group == C::kGroups - 1) pass_turn();
     for (unsigned jobs = 0;; jobs = notes().jobs() + 1) {
       notes().set_jobs(jobs);
       shared.state.job.full[jobs % kTableJobs].wait(jobs / kTableJobs % 2);
-      if (!job(jobs).more) return;
+      if (!job(jobs).more) break;
       Diagonals sums = {};
       fill_window(job(jobs));
       shared.buckets(warp()).reset();
@@ -325,6 +337,7 @@ struct TableComputer {
       __syncwarp();
       if (lane_id() == 0) shared.state.job.empty[notes().jobs() % kTableJobs].arrive();
     }
+    if (group == 0) take_turn();  // the last one's
   }
 };
 
