@@ -187,6 +187,7 @@ _TABLES = {
     "bunches": TimeBuckets.from_boundaries([x + i for x in range(0, 2_000_000, 50_000) for i in range(5)]),
     "repeated": TimeBuckets.from_boundaries([x for x in range(-5, 2_000_000, 40_000) for _ in range(4)]),
     "one for all": TimeBuckets.from_boundaries([86_400] * 200),
+    "fine": TimeBuckets.from_boundaries(range(0, 240_000, 300)),  # a thousand cells within one tile
 }
 
 
@@ -198,17 +199,27 @@ def _with_buckets(bias, buckets, *heads):
     return replace(bias, buckets=buckets.to(weight.device), time_weight=weight)
 
 
-@pytest.mark.parametrize("kind", ("rising", "milliseconds", "shuffled", "ties"))
+@pytest.mark.parametrize(
+    ("kind", "heads", "dim"),
+    [
+        ("rising", (2,), 64),
+        ("rising", (), 64),
+        ("rising", (), 128),
+        ("milliseconds", (), 64),
+        ("shuffled", (), 64),
+        ("ties", (2,), 64),
+    ],
+)
 @pytest.mark.parametrize("table", _TABLES)
-def test_many_buckets(table, kind, dtype, device):
-    """More boundaries than a logarithm has, as dense and as uneven as they like."""
+def test_many_buckets(table, kind, heads, dim, dtype, device):
+    """More boundaries than a logarithm has, as dense and as uneven as they like; a table a head, or one for all."""
 
     def change(inputs):
-        bias = _with_buckets(inputs.options["bias"], _TABLES[table], 2)
+        bias = _with_buckets(inputs.options["bias"], _TABLES[table], *heads)
         inputs.options["bias"] = replace(bias, timestamps=_TIMES[kind](bias.timestamps))
 
     if dtype != torch.float64:
-        check(Case(table, (400, 93), bias="position+time/head", dim_qk=64, dim_v=64), dtype, device, change=change)
+        check(Case(table, (400, 93), bias="position+time", dim_qk=dim, dim_v=dim), dtype, device, change=change)
 
 
 @pytest.mark.parametrize("table", ("log", "sqrt"))

@@ -177,9 +177,12 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   return refusal;
 }
 
-// The gradient of a table of many buckets looks up each element, which the portable kernel does faster.
+// Where the Hopper kernel has no cells for the gradient of a table of many buckets, it looks up each element slowly.
 bool portable_is_faster(const AttentionBwdParams& params) {
-  return params.grad_time_weight && params.problem.relative.num_boundaries > TimeTerm::kMostCellBoundaries;
+  constexpr int kMostCellBoundaries = 4096;
+  const RelativeBiasParams& r = params.problem.relative;
+  return params.grad_time_weight && r.num_boundaries > TimeTerm::kMostCellBoundaries &&
+         (r.time_head_stride != 0 || r.num_boundaries > kMostCellBoundaries);
 }
 
 #ifdef HSTU_WITH_SM90

@@ -32,6 +32,9 @@ __device__ __forceinline__ void st_shared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+__device__ __forceinline__ void st_shared(uint32_t address, uint16_t x) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
+}
 __device__ __forceinline__ void st_shared(uint32_t address, float2 x) {
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
@@ -90,6 +93,11 @@ __device__ __forceinline__ int ld_shared_int(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ int ld_shared_u16(uint32_t address) {
+  uint16_t x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ __forceinline__ int2 ld_shared_int_v2(uint32_t address) {
   int2 x;
   asm volatile("ld.shared.v2.s32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");

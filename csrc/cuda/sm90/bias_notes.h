@@ -93,10 +93,9 @@ class TimeNoter {
   // Bits of the note of a tile that is looked up in the cells, if they answer for gaps lo to hi; `span`: bytes of those
   // cells.
   __device__ __forceinline__ Octave look_up(long long lo, long long hi, unsigned& code, unsigned& span) const {
-    if (lo < -Cells::kGaps || hi >= Cells::kGaps) return {};
     const Cells cells = tables_.cells();
+    if (!cells.answer(lo, hi)) return {};
     const int first = Cells::octave_of(static_cast<int>(lo)), last = Cells::octave_of(static_cast<int>(hi));
-    if (cells.crowded() >> first & ((2u << (last - first)) - 1)) return {};
     const Octave octave = cells.octave(last);
     span = cells.cell(static_cast<int>(hi), octave) - cells.cell(static_cast<int>(lo), cells.octave(first));
     code = WarpNote::kCells;

@@ -33,6 +33,12 @@ class BiasCells {
   }
   // Bit o: octave o is crowded.
   __device__ unsigned crowded() const { return static_cast<unsigned>(ptx::ld_shared_int(base_ + kCrowded)); }
+  // Do the cells answer for gaps lo to hi?
+  __device__ __forceinline__ bool answer(long long lo, long long hi) const {
+    if (lo < -kGaps || hi >= kGaps) return false;
+    const int first = octave_of(static_cast<int>(lo)), last = octave_of(static_cast<int>(hi));
+    return (crowded() >> first & ((2u << (last - first)) - 1)) == 0;
+  }
 
   // Where a cell's boundary is; kWeight bytes on is the weight of its first gap, and 4 more on that of the next cell.
   __device__ __forceinline__ uint32_t cell(int gap, const Octave& o) const { return cell_from(first(o), gap, o.shift); }
@@ -61,22 +67,33 @@ class BiasCells {
 
   // Weights alone, of another table; boundaries are written again.
   __device__ void fill(const TimeTerm& time, float argument, int thread, int threads) const {
-    const int end = octave(kOctaves).first;
-    for (int k = thread; k <= time.count; k += threads) {
-      const int64_t from = k > 0 ? __ldg(time.boundaries + k - 1) : INT64_MIN;
-      const int64_t to = k < time.count ? __ldg(time.boundaries + k) : INT64_MAX;
-      if (from == to) continue;  // nothing is in this bucket
-      const int first = k > 0 ? index(from, end) + 1 : 0, last = index(to, end);
+    each_bucket(time, thread, threads, [&](int k, int first, int last, int64_t to, bool inside) {
       const uint32_t weight = __float_as_uint(argument * __ldg(time.weight + k));
       for (int c = first; c <= last; ++c) ptx::st_shared(base_ + kBoundaries + kWeight + c * 4, weight);
-      if (k == time.count || last == end) continue;
+      if (!inside) return;
       if (first > last) {
         ptx::red_shared_or(base_ + kCrowded, 1u << octave_of(static_cast<int>(max(to, int64_t{0}))));
       } else {
         ptx::st_shared(base_ + kBoundaries + last * 4, static_cast<uint32_t>(to < INT32_MIN ? INT32_MIN : to));
       }
+    });
+  }
+
+  // f(bucket, first, last cell, boundary behind it, is that in a cell?) for this thread's share of the buckets that
+  // hold anything, once there are cells.
+  template <class F>
+  __device__ __forceinline__ void each_bucket(const TimeTerm& time, int thread, int threads, F&& f) const {
+    const int end = octave(kOctaves).first;
+    for (int k = thread; k <= time.count; k += threads) {
+      const int64_t from = k > 0 ? __ldg(time.boundaries + k - 1) : INT64_MIN;
+      const int64_t to = k < time.count ? __ldg(time.boundaries + k) : INT64_MAX;
+      if (from == to) continue;
+      const int first = k > 0 ? index(from, end) + 1 : 0, last = index(to, end);
+      f(k, first, last, to, k < time.count && last < end);
     }
   }
+  // Number of the cell whose boundary is at an address.
+  __device__ __forceinline__ int number(uint32_t at) const { return static_cast<int>(at - base_ - kBoundaries) / 4; }
 
  private:
   static constexpr int kOctaves = 31;  // below kGaps; one more entry says where the cells end

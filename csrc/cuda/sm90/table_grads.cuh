@@ -35,6 +35,7 @@ struct TableComputer {
   using Scores = float[kTableTile / 2];
   using Tile = Accumulator<1, 8>;  // the scores again: 16 queries, 64 keys a warp
   using Times = TileTimes<false, 16, 64, kLines>;
+  using Kept = uint32_t[16];    // see StepCells
   using Diagonals = float2[9];  // of a lane's blocks of 8 x 8 diagonals n - h, from -1 on: two columns each
   static constexpr float kArgument = Score<T>::kArgument;
 
@@ -103,13 +104,19 @@ struct TableComputer {
       const BucketRange range = t.between(q0, q1, k0, k1, (q1 - q0) + (k1 - k0));
       const int steps = range.last - range.first;
       const bool known = job().rising && range.known;
-      if (known && steps <= BiasNote::kMostSteps && range.last < 1 << BiasNote::kFirstBits) {
+      constexpr int kMostSteps = kLines ? 2 : BiasNote::kMostSteps;
+      if (known && steps <= kMostSteps && range.last < 1 << BiasNote::kFirstBits) {
         code |= static_cast<unsigned>(range.first) | static_cast<unsigned>(steps) << BiasNote::kFirstBits;
         weight = kArgument * __ldg(t.weight + range.first);
       } else {
         code |= static_cast<unsigned>(BiasNote::kMany) << BiasNote::kFirstBits;
         constexpr long long kFar = 1 << 30;
-        if (known && q0 - k0 > -kFar && q1 - k0 < kFar && k1 - k0 < kFar) code |= TableNotes::kNear;
+        if (known && q0 - k0 > -kFar && q1 - k0 < kFar && k1 - k0 < kFar) {
+          code |= TableNotes::kNear;
+          if constexpr (kLines)
+            if (problem().relative.time_head_stride == 0 && shared.cell_buckets().cells().answer(q0 - k1, q1 - k0))
+              code |= TableNotes::kCells;
+        }
       }
     }
     __syncwarp();  // all are done with the notes before
@@ -129,7 +136,7 @@ struct TableComputer {
     meet(barrier, 128);
   }
   // u = argument (alpha s + bias); weight: of the first bucket.
-  __device__ __forceinline__ void add_bias(BiasNote note, float weight, Tile& s) const {
+  __device__ __forceinline__ void add_bias(BiasNote note, float weight, Tile& s, Kept& kept) const {
     if (note.elementwise()) {
       const TableJob& of = job();
       s.each([&](float& x, int, int) { x = fmaf(x, arguments.alpha, weight); });
@@ -154,6 +161,8 @@ struct TableComputer {
     if (note.steps() != BiasNote::kMany) {
       boundaries().add(time(job()), note.first(), note.steps(), kArgument, s);
     } else {
+      if constexpr (kLines)
+        if (note.code & TableNotes::kCells) return step_cells().add(s, kept);
       const TimeTerm t = time(job());
       times(t, note).add(t, s, kArgument, shared.slots(warp()));
     }
@@ -166,6 +175,10 @@ struct TableComputer {
 
   __device__ __forceinline__ StepBoundaries boundaries() const {
     return {shared.query_times(count).at(warp_row()), shared.key_times(count - group)};
+  }
+
+  __device__ __forceinline__ StepCells<C> step_cells() const {
+    return {shared.query_times(count).at(warp_row()), shared.key_times(count - group), shared.cell_buckets()};
   }
 
   // ---- sums ----
@@ -191,10 +204,12 @@ struct TableComputer {
     ds.each([&](float x, int row, int col) { part[row / 8 * 2 + col % 8] += x; });
     return (part[0] + part[1]) + (part[2] + part[3]);
   }
-  __device__ __forceinline__ void sum_times(BiasNote note, const Tile& ds, float total) const {
+  __device__ __forceinline__ void sum_times(BiasNote note, const Tile& ds, const Kept& kept, float total) const {
     const TableJob& of = job();
     const TableTarget to = time_target(of);
     if (note.steps() == BiasNote::kMany) {
+      if constexpr (kLines)
+        if (note.code & TableNotes::kCells && step_cells().sum(ds, kept, to, shared.slots(warp()))) return;
       if (Times::template add_kept<T>(ds, to, shared.slots(warp()))) return;
       const TimeTerm t = time(of);
       times(t, note).template add_grad<T>(t, ds, to, shared.slots(warp()));
@@ -246,7 +261,8 @@ struct TableComputer {
     ptx::wgmma_settle(s);
     pass_turn();
     Tile &u = reinterpret_cast<Tile&>(s), &ds = reinterpret_cast<Tile&>(d);
-    add_bias(note, __int_as_float(head.y), u);
+    Kept kept;
+    add_bias(note, __int_as_float(head.y), u, kept);
     Score<T>::slope(u);
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(d);
@@ -256,7 +272,7 @@ struct TableComputer {
     if (!covered) mask_rows(keep, ds);
     if (problem().scale.per_row) scale_rows(ds);
     const float total = note.elementwise() ? sum_positions(ds) : sum_diagonals(ds, sums);
-    if (arguments.time.sums) sum_times(note, ds, total);
+    if (arguments.time.sums) sum_times(note, ds, kept, total);
   }
 
   // The sums of a walk to the table. An element (i, k) of block diagonal d is in lane (i, k / 2) and lies 8 d + k - i
@@ -318,10 +334,14 @@ struct TableComputer {
   }
 
   __device__ __forceinline__ void run() {
-    if (problem().relative.time_weight)
-      TimeTerm(problem().relative, Sequence(), 0, shared.cells())
-          .template make_cells<kLines>(shared.cells(), threadIdx.x - 128, C::kThreads - 128);
-    meet(1, C::kThreads - 128);
+    constexpr int kThreads = C::kThreads - 128;
+    if (problem().relative.time_weight) {
+      const TimeTerm time(problem().relative, Sequence(), 0, shared.cells());
+      time.template make_cells<kLines>(shared.cells(), threadIdx.x - 128, kThreads);
+      if constexpr (kLines)
+        shared.cell_buckets().make(time, kArgument, threadIdx.x - 128, kThreads, [] { meet(1, kThreads); });
+    }
+    meet(1, kThreads);
     if (group == C::kGroups - 1) pass_turn();
     for (unsigned jobs = 0;; jobs = notes().jobs() + 1) {
       notes().set_jobs(jobs);
@@ -399,8 +419,9 @@ Status attention_table_grads(const AttentionBwdParams& params, void* tickets, in
 template <class T, int kDim>
 Status attention_table_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
   if (has_many_buckets<T>(params.problem.relative))  // whose look-ups take more registers
-    return attention_table_grads<TableShape<kDim, 2>, T, true>(params, tickets, processors, stream);
-  return attention_table_grads<TableShape<kDim, 3>, T, false>(params, tickets, processors, stream);
+    return attention_table_grads<TableShape<kDim, 2, kDim == 64 ? 5120 : 4096>, T, true>(params, tickets, processors,
+                                                                                         stream);
+  return attention_table_grads<TableShape<kDim, 3, 0>, T, false>(params, tickets, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -4,6 +4,7 @@
 #include "cuda/ptx/memory.h"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/diagonal_window.h"
+#include "cuda/sm90/fwd_bias_cells.h"
 #include "cuda/tile/table_grad.h"
 #include "cuda/tile/time_buckets.h"
 
@@ -17,7 +18,8 @@ using TableWindow = DiagonalWindow<kTableTile, kTableTile>;
 // how many jobs it has done, which would take a register.
 struct TableNotes {
   static constexpr int kBytes = 33 * 8;
-  static constexpr unsigned kNear = 1u << 30;  // of a note: times are within 2^30 of that of the tile's first key
+  // Of the note of a tile of many buckets: times are within 2^30 of that of the tile's first key; cells answer.
+  static constexpr unsigned kNear = 1u << 30, kCells = 1u << 31;
 
   uint32_t base;
 
@@ -74,21 +76,46 @@ struct BucketSums {
   }
 };
 
+// Cells, and the bucket of each.
+template <int kCells>
+struct CellBuckets {
+  using Cells = BiasCells<kCells>;
+  static constexpr int kBytes = Cells::kBytes + (kCells + 8) * 2;
+
+  uint32_t base;
+
+  __device__ Cells cells() const { return Cells(base); }
+  __device__ int bucket(int cell) const { return ptx::ld_shared_u16(base + Cells::kBytes + cell * 2); }
+
+  // By `threads` threads that meet in sync().
+  template <class Sync>
+  __device__ void make(const TimeTerm& time, float argument, int thread, int threads, const Sync& sync) const {
+    cells().make(time, argument, thread, threads, sync);
+    cells().each_bucket(time, thread, threads, [&](int k, int first, int last, int64_t, bool) {
+      for (int c = first; c <= last; ++c) ptx::st_shared(base + Cells::kBytes + c * 2, static_cast<uint16_t>(k));
+    });
+    sync();
+  }
+};
+
 // kGroups warpgroups compute, each the tiles of one diagonal; one more feeds them. A step is a tile of queries and one
-// of keys, which the groups use one after the other, in as many steps.
-template <int kDim_, int kGroups_>
+// of keys, which the groups use one after the other, in as many steps. kCells: of BiasCells, where buckets are many.
+template <int kDim_, int kGroups_, int kCells_>
 struct TableShape {
+  static constexpr int kCells = kCells_;
   static constexpr int kDim = kDim_, kGroups = kGroups_, kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
   static constexpr int kTileBytes = kTableTile * kDim * 2;
   // Tiles go back as soon as their products are done, what else is known of a step is needed longer. A step is
   // written when all warps are past the products of that kQueryStages before, and may still use keys' times two before.
-  static constexpr unsigned kKeyStages = kDim == 64 ? 6 : 4, kQueryStages = kDim == 64 ? 4 : 2, kSteps = 8;
+  static constexpr unsigned kKeyStages = kDim == 64 ? (kCells == 0 ? 6 : 4) : (kCells == 0 ? 4 : 3),
+                            kQueryStages = kDim == 64 ? 4 : 2, kSteps = 8;
   static constexpr int kSlotWords = kDim == 64 ? 512 : 256;  // of a warp's scratch; see KeptBuckets
   static constexpr int kWarps = 4 * kGroups, kNotes = (kSlotWords + 4) * 4, kBuckets = kNotes + TableNotes::kBytes,
                        kWarpBytes = (kBuckets + BucketSums::kBytes + 15) / 16 * 16;
+  static constexpr int kCellBytes = kCells == 0 ? 0 : CellBuckets<kCells>::kBytes;
   static constexpr int kSharedBytes = 2 * (kKeyStages + kQueryStages) * kTileBytes + TimeTerm::kSharedBytes +
                                       kWarps * kWarpBytes + kGroups * TableWindow::kBytes +
-                                      2 * kSteps * StepTimes::kBytes + 1024;
+                                      2 * kSteps * StepTimes::kBytes + kCellBytes + 1024;
   static constexpr int kLoadRegisters = 56, kComputeRegisters = kGroups == 2 ? 224 : 152;
   static_assert(kSteps > kQueryStages + kGroups - 1 && kKeyStages > kGroups,
                 "a tile of keys is in use for kGroups steps");

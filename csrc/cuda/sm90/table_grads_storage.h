@@ -75,6 +75,7 @@ struct TableStorage {
   __device__ StepTimes times(unsigned stage) const { return {window(C::kGroups).base + stage * StepTimes::kBytes}; }
   __device__ StepTimes query_times(unsigned count) const { return times(count % C::kSteps); }
   __device__ StepTimes key_times(unsigned count) const { return times(C::kSteps + count % C::kSteps); }
+  __device__ CellBuckets<C::kCells> cell_buckets() const { return {times(2 * C::kSteps).base}; }
   __device__ TableWindow window(int group) const { return {slots(C::kWarps).base + group * TableWindow::kBytes}; }
 };
 

@@ -11,6 +11,47 @@ namespace hstu_ops::cuda {
 // Where nothing is kept.
 struct NoSlots {};
 
+// One warp's sums of values by key, in its scratch in shared memory: integers, scaled to 20 bits below the largest
+// value, which shared memory adds at full speed and in any order to the same result. There are several sums of a key,
+// as many as there is room for, because lanes that add to the same one wait for each other.
+template <class Slots>
+class KeyedSums {
+ public:
+  // `top`: the bits of the largest value without its sign. More keys than there is room for: one sum of each.
+  __device__ __forceinline__ KeyedSums(const Slots& slots, unsigned top, int keys) : slots_(slots) {
+    const int exponent = max_int(static_cast<int>(top >> 23), 20);
+    scale_ = __int_as_float((273 - exponent) << 23), unscale_ = __int_as_float((exponent - 19) << 23);
+    shift_ = clamp_int(31 - __clz(Slots::kCount / keys), 0, 3);
+    mine_ = ptx::thread_index() % 32 / 4 & ((1 << shift_) - 1);
+  }
+  __device__ __forceinline__ void clear() const {
+#pragma unroll
+    for (int i = 0; i < Slots::kCount; i += 128)
+      ptx::st_shared(slots_.at(i + ptx::thread_index() % 32 * 4), make_uint4(0, 0, 0, 0));
+    __syncwarp();
+  }
+  __device__ __forceinline__ void add(int key, float x) const {
+    ptx::red_shared_add_nonzero(slots_.at((key << shift_) + mine_), __float2int_rn(x * scale_));
+  }
+  // f(key, sum) for keys below `keys`, a lane each.
+  template <class F>
+  __device__ __forceinline__ void each(int keys, F&& f) const {
+    __syncwarp();
+    const int copies = 1 << shift_;
+    for (int i = ptx::thread_index() % 32; i < keys; i += 32) {
+      int sum = 0;
+      for (int c = 0; c < copies; ++c) sum += ptx::ld_shared_int(slots_.at((i << shift_) + (c + i) % copies));
+      f(i, static_cast<float>(sum) * unscale_);
+    }
+    __syncwarp();
+  }
+
+ private:
+  const Slots& slots_;
+  float scale_, unscale_;
+  int shift_, mine_;
+};
+
 // Elements of an accumulator tile, in the order of each().
 template <int kM, int kN>
 class KeptBuckets {
@@ -52,9 +93,7 @@ class KeptBuckets {
     return most;
   }
 
-  // Adds the sums of ds by bucket; false: nothing is kept. Sums are integers, scaled to 20 bits below the largest
-  // value, which shared memory adds at full speed and in any order to the same result. There are several sums of a
-  // bucket, as many as there is room for, because lanes that add to the same one wait for each other.
+  // Adds the sums of ds by bucket; false: nothing is kept, or ds is not finite.
   template <class Slots>
   __device__ __forceinline__ bool sum(const Slots& slots, const Accumulator<kM, kN>& ds, const TableTarget& to) {
     static_assert(kElements <= 32, "sums of 1024 values of 20 bits fit");
@@ -68,24 +107,10 @@ class KeptBuckets {
     const unsigned top = __reduce_max_sync(~0u, largest(ds));
     if (top >= 0x7f800000) return false;
     if (top == 0) return true;
-    const int exponent = max_int(static_cast<int>(top >> 23), 20);
-    const float scale = __int_as_float((273 - exponent) << 23), unscale = __int_as_float((exponent - 19) << 23);
-    const int shift = min_int(31 - __clz(Slots::kCount / count), 3), copies = 1 << shift;
-#pragma unroll
-    for (int i = 0; i < Slots::kCount; i += 128) ptx::st_shared(slots.at(i + lane * 4), make_uint4(0, 0, 0, 0));
-    __syncwarp();
-    const int mine = lane / 4 & (copies - 1);
-    each(const_cast<Accumulator<kM, kN>&>(ds), [&](float& x, int i) {
-      const int bucket = words_[i / 4] >> i % 4 * 8 & 255;
-      ptx::red_shared_add_nonzero(slots.at((bucket << shift) + mine), __float2int_rn(x * scale));
-    });
-    __syncwarp();
-    for (int i = lane; i < count; i += 32) {
-      int sum = 0;
-      for (int c = 0; c < copies; ++c) sum += ptx::ld_shared_int(slots.at((i << shift) + (c + i) % copies));
-      to.add(first + i, static_cast<float>(sum) * unscale);
-    }
-    __syncwarp();
+    const KeyedSums<Slots> sums(slots, top, count);
+    sums.clear();
+    each(const_cast<Accumulator<kM, kN>&>(ds), [&](float& x, int i) { sums.add(words_[i / 4] >> i % 4 * 8 & 255, x); });
+    sums.each(count, [&](int i, float sum) { to.add(first + i, sum); });
     return true;
   }
 

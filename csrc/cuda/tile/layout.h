@@ -80,6 +80,24 @@ struct Accumulator {
   __device__ __forceinline__ void each(F&& f) const {
     const_cast<Accumulator*>(this)->each(f);
   }
+  // f(element, m, n, e) for kCount columns of tensor core tiles from column `first` on, a multiple of kCount that is
+  // not known at compile time: for loops that would fill the instruction cache if they were unrolled.
+  template <int kCount, class F>
+  __device__ __forceinline__ void each_from(int first, F&& f) {
+#pragma unroll
+    for (int from = 0; from < kN; from += kCount)
+      if (from == first)
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int n = from; n < from + kCount; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) f(x[m][n][e], m, n, e);
+  }
+  template <int kCount, class F>
+  __device__ __forceinline__ void each_from(int first, F&& f) const {
+    const_cast<Accumulator*>(this)->template each_from<kCount>(first, f);
+  }
   // Element `at` of [kM][kN][4] for an index not known at compile time: slow, but the accumulator stays in registers.
   __device__ __forceinline__ float pick(int at) const {
     float y = 0.f;
