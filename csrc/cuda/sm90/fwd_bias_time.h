@@ -42,7 +42,7 @@ __device__ __forceinline__ void add_steps(const BiasStage<B>& stage, const WarpN
 }
 
 // s += argument weight[bucket] of a tile whose gaps the cells answer for; kOne: all of one octave; code: the note's.
-// The loop is rolled, as unrolled it would push the rest of the kernel out of the instruction cache.
+// The loop is rolled: unrolled, it would push the rest of the kernel out of the instruction cache.
 template <bool kOne, class B>
 __device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typename BiasTables<B>::Cells& cells,
                                         const Octave& one, unsigned code, const int* times, Accumulator<1, 8>& s) {
@@ -75,13 +75,7 @@ __device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typenam
     for (int n = 0; n < kBatch; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) w[n][e] = ptx::ld_shared(at[n][e] + cells.kWeight);
-#pragma unroll
-    for (int to = 0; to < 8; to += kBatch)
-      if (to == first)
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s.x[0][to + n][e] += w[n][e];
+    s.each_from<kBatch>(first, [&](float& x, int, int n, int e) { x += w[n % kBatch][e]; });
   }
 }
 

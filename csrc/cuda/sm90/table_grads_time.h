@@ -89,7 +89,7 @@ class StepCells : StepGaps {
     last_ = cell(minus(ptx::ld_shared_int(queries + 15 * 4), left)) + 4;
   }
 
-  // s += argument weight[bucket]. The loop is rolled: unrolled, it would not fit the instruction cache.
+  // s += argument weight[bucket]; rolled as fwd_bias_time.h's look-ups.
   __device__ __forceinline__ void add(Tile& s, Kept& kept) const {
 #pragma unroll 1
     for (int first = 0; first < 8; first += kBatch) {
