@@ -65,7 +65,7 @@ class Case:
     max_attn_len: int = 0
     min_full_attn_seq_len: int = 0
     global_prefix_len: int = 0
-    bias: str = "none"  # one of BIASES; "/head": one table a head
+    bias: str = "none"  # one of BIASES; "/head": one table a head; "/sqrt": 2048 buckets of times, not 128
     positions: int | None = None  # P of the position table; None: max_seq_len
     query_timestamps: bool = False
     alpha: float | None = None
@@ -167,7 +167,7 @@ def make(
                 # sequence.
                 gaps = (torch.randn(total_kv + 1, generator=gen, dtype=torch.float64) * 2).exp() * 900
                 times = (1_600_000_000 + gaps.cumsum(0)).long().to(device)
-                fields["buckets"] = TimeBuckets.log().to(device)
+                fields["buckets"] = (TimeBuckets.sqrt() if term.endswith("/sqrt") else TimeBuckets.log()).to(device)
                 fields["time_weight"] = normal(*lead, len(fields["buckets"].boundaries) + 1)
                 fields["timestamps"] = times[:-1]
                 if case.query_timestamps:  # the time of the next item
@@ -225,6 +225,7 @@ SMALL = [
     Case("time", _MIXED, bias="time", num_targets=(5, 0, 3, 17, 0, 1)),
     Case("position-time", _MIXED, bias="position+time", query_timestamps=True, strided=True),
     Case("position-time-per-head", _MIXED, bias="position/head+time", max_attn_len=25, query_timestamps=True),
+    Case("position-many-times", _MIXED, bias="position+time/sqrt", num_targets=(5, 0, 3, 17, 0, 1)),
     Case("dense", _MIXED, bias="dense", num_targets=(5, 0, 3, 17, 0, 1)),
     Case("dense-full", _MIXED, bias="dense/batch/head", causal=False),
     Case("scale-float", _MIXED, scale=0.02, alpha=0.3),

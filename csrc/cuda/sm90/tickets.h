@@ -44,9 +44,7 @@ class Tickets {
   // The same in steps, for those who have time for the second after the first.
   __device__ int64_t first() const { return blockIdx.x / ptx::cluster_size(); }
   __device__ void await_open() const {
-    if (counters_ && lane_id() == 0)
-      while (ptx::ld_acquire(&counters_->tag) != tag_) {
-      }
+    if (counters_ && lane_id() == 0) await_tag();
     __syncwarp();
   }
   __device__ int64_t next() const {
@@ -55,12 +53,19 @@ class Tickets {
     if (lane_id() == 0) ticket = atomicAdd(&counters_->next, 1u);
     return __shfl_sync(~0u, ticket, 0);
   }
-  // Once in each block, when it has taken its last.
+  // Once in each block, by one lane, when it has taken its last.
   __device__ void close() const {
-    if (counters_ && atomicAdd(&counters_->done, 1u) == gridDim.x - 1) counters_->tag = 0;
+    if (!counters_) return;
+    await_tag();  // block 0 would not know of who was done before it counted
+    if (atomicAdd(&counters_->done, 1u) == gridDim.x - 1) counters_->tag = 0;
   }
 
  private:
+  __device__ void await_tag() const {
+    while (ptx::ld_acquire(&counters_->tag) != tag_) {
+    }
+  }
+
   TicketCounters* counters_ = nullptr;
   unsigned long long tag_ = 0;
 };
