@@ -179,10 +179,10 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
 
 // Where the Hopper kernel has no cells for the gradient of a table of many buckets, it looks up each element slowly.
 bool portable_is_faster(const AttentionBwdParams& params) {
-  constexpr int kMostCellBoundaries = 4096;
+  constexpr int kMostBoundaries = 4096;
   const RelativeBiasParams& r = params.problem.relative;
   return params.grad_time_weight && r.num_boundaries > TimeTerm::kMostCellBoundaries &&
-         (r.time_head_stride != 0 || r.num_boundaries > kMostCellBoundaries);
+         (r.time_head_stride != 0 || r.num_boundaries > kMostBoundaries);
 }
 
 #ifdef HSTU_WITH_SM90

@@ -10,6 +10,9 @@
 
 namespace hstu_ops::cuda::sm90 {
 
+// A difference of the low words of times.
+__device__ __forceinline__ int minus(int a, int b) { return static_cast<int>(0u + a - b); }
+
 // An octave: gap `gap` is in cell (gap >> shift) + first.
 struct Octave {
   int shift, first;
@@ -42,12 +45,28 @@ class BiasCells {
 
   // Where a cell's boundary is; kWeight bytes on is the weight of its first gap, and 4 more on that of the next cell.
   __device__ __forceinline__ uint32_t cell(int gap, const Octave& o) const { return cell_from(first(o), gap, o.shift); }
+  __device__ __forceinline__ uint32_t cell(int gap) const { return cell(gap, octave(octave_of(gap))); }
   // The same in two steps, of which the first is not repeated.
   __device__ __forceinline__ uint32_t first(const Octave& o) const { return base_ + kBoundaries + o.first * 4; }
   __device__ __forceinline__ static uint32_t cell_from(uint32_t first, int gap, int shift) {
     return first + (gap >> shift) * 4;
   }
   static constexpr int kWeight = (kCells + 4) * 4;
+
+  // Weights of gaps whose cells are `at`, which moves to the next cell where a gap is beyond the boundary.
+  template <int kCount>
+  __device__ static __forceinline__ void weigh(const int (&gap)[kCount][4], uint32_t (&at)[kCount][4],
+                                               float (&weight)[kCount][4]) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (gap[n][e] >= ptx::ld_shared_int(at[n][e])) at[n][e] += 4;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weight[n][e] = ptx::ld_shared(at[n][e] + kWeight);
+  }
 
   // All of it, by `threads` threads that meet in sync(). Weights are multiplied by `argument`.
   template <class Sync>

@@ -14,8 +14,7 @@ struct BiasTile {
   uint32_t scratch;
 };
 
-// A difference of the low words of times, or a sum.
-__device__ __forceinline__ int minus(int a, int b) { return static_cast<int>(0u + a - b); }
+// A sum of the low words of times.
 __device__ __forceinline__ int plus(int a, int b) { return static_cast<int>(0u + a + b); }
 
 // Adds to the scores, which have the weight of the first bucket, what the next ones have more, boundary by boundary:
@@ -61,20 +60,11 @@ __device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typenam
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         gap[n][e] = minus(rows[e / 2], e % 2 ? t.y : t.x);
-        at[n][e] = kOne ? cells.cell_from(first_cell, gap[n][e], one.shift)
-                        : cells.cell(gap[n][e], cells.octave(cells.octave_of(gap[n][e])));
+        at[n][e] = kOne ? cells.cell_from(first_cell, gap[n][e], one.shift) : cells.cell(gap[n][e]);
       }
     }
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (gap[n][e] >= ptx::ld_shared_int(at[n][e])) at[n][e] += 4;
     float w[kBatch][4];
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) w[n][e] = ptx::ld_shared(at[n][e] + cells.kWeight);
+    cells.weigh(gap, at, w);
     s.each_from<kBatch>(first, [&](float& x, int, int n, int e) { x += w[n % kBatch][e]; });
   }
 }

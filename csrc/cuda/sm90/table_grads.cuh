@@ -35,7 +35,7 @@ struct TableComputer {
   using Scores = float[kTableTile / 2];
   using Tile = Accumulator<1, 8>;  // the scores again: 16 queries, 64 keys a warp
   using Times = TileTimes<false, 16, 64, kLines>;
-  using Kept = uint32_t[16];    // see StepCells
+  using Kept = typename StepCells<C>::Kept;
   using Diagonals = float2[9];  // of a lane's blocks of 8 x 8 diagonals n - h, from -1 on: two columns each
   static constexpr float kArgument = Score<T>::kArgument;
 

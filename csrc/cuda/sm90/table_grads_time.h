@@ -23,7 +23,6 @@ class StepGaps {
   }
 
  protected:
-  __device__ static int minus(int a, int b) { return static_cast<int>(0u + a - b); }
   // Times of the lane's two columns of a tensor core tile.
   __device__ int2 keys(int n) const { return ptx::ld_shared_int_v2(keys_ + n * 32); }
   __device__ int row(int h) const { return rows_[h]; }
@@ -85,8 +84,8 @@ class StepCells : StepGaps {
   __device__ __forceinline__ StepCells(uint32_t queries, StepTimes keys, CellBuckets<C::kCells> buckets)
       : StepGaps(queries, keys), buckets_(buckets) {
     const int left = ptx::ld_shared_int(keys.left());
-    first_ = cell(minus(minus(ptx::ld_shared_int(queries), left), ptx::ld_shared_int(keys.at(kTableTile - 1))));
-    last_ = cell(minus(ptx::ld_shared_int(queries + 15 * 4), left)) + 4;
+    first_ = cells().cell(minus(minus(ptx::ld_shared_int(queries), left), ptx::ld_shared_int(keys.at(kTableTile - 1))));
+    last_ = cells().cell(minus(ptx::ld_shared_int(queries + 15 * 4), left)) + 4;
   }
 
   // s += argument weight[bucket]; rolled as fwd_bias_time.h's look-ups.
@@ -101,19 +100,15 @@ class StepCells : StepGaps {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           gap[n][e] = minus(row(e / 2), e % 2 ? times.y : times.x);
-          at[n][e] = cell(gap[n][e]);
+          at[n][e] = cells().cell(gap[n][e]);
         }
       }
-#pragma unroll
-      for (int n = 0; n < kBatch; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (gap[n][e] >= ptx::ld_shared_int(at[n][e])) at[n][e] += 4;
       float w[kBatch][4];
+      cells().weigh(gap, at, w);
 #pragma unroll
       for (int n = 0; n < kBatch; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) w[n][e] = ptx::ld_shared(at[n][e] + Cells::kWeight), at[n][e] -= first_;
+        for (int e = 0; e < 4; ++e) at[n][e] -= first_;
       s.each_from<kBatch>(first, [&](float& x, int, int n, int e) {
         x += w[n % kBatch][e];
         if (e % 2) kept[n * 2 + e / 2] = at[n % kBatch][e - 1] / 4 | at[n % kBatch][e] << 14;
@@ -131,7 +126,7 @@ class StepCells : StepGaps {
     const KeyedSums<TableSlots<C>> sums(slots, top, TableSlots<C>::kCount);  // one of each cell: they are many
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += TableSlots<C>::kCount) {
-      const int end = min_int(count - begin, TableSlots<C>::kCount), number = buckets_.cells().number(first_) + begin;
+      const int end = min_int(count - begin, TableSlots<C>::kCount), number = cells().number(first_) + begin;
       sums.clear();
 #pragma unroll 1
       for (int first = 0; first < 8; first += kBatch) {
@@ -154,13 +149,9 @@ class StepCells : StepGaps {
   }
 
  private:
-  using Cells = BiasCells<C::kCells>;
   static constexpr int kBatch = 2;  // columns of tensor core tiles whose look-ups are in flight together
 
-  __device__ __forceinline__ uint32_t cell(int gap) const {
-    const Cells cells = buckets_.cells();
-    return cells.cell(gap, cells.octave(cells.octave_of(gap)));
-  }
+  __device__ BiasCells<C::kCells> cells() const { return buckets_.cells(); }
 
   CellBuckets<C::kCells> buckets_;
   uint32_t first_, last_;  // addresses of the cells of the smallest gap, and behind that of the largest
