@@ -228,13 +228,13 @@ template <class C>
 void sum_lanes(const BwdPlan& plan, const char* tables, size_t stride, int64_t row_size, int copies, int64_t rows,
                int64_t index, void* table) {
   const int64_t row = index / row_size, x = index % row_size;
-  C total = 0;
+  double total = 0;  // of thousands of numbers: in float it would lose what the lanes have kept
   for (size_t lane = 0; lane < plan.lanes.size(); ++lane) {
     if (rows > 1 && plan.lanes[lane].head != row) continue;
     const C* entry = reinterpret_cast<const C*>(tables + lane * stride) + x * copies;
     for (int c = 0; c < copies; ++c) total += entry[c];
   }
-  static_cast<C*>(table)[index] = total;
+  static_cast<C*>(table)[index] = static_cast<C>(total);
 }
 
 Status sum_table(const Executor& executor, const AttentionProblem& p, const BwdPlan& plan, const char* tables,

@@ -2,7 +2,8 @@
 // again, dS is summed by distance of positions and by bucket of time. dQ, dK and dV have kernels of their own, without
 // room or time for these sums.
 //
-// A block of threads takes bands of two or three diagonals of tiles of one sequence and head, and walks along them. The
+// A block of threads takes bands of two or three diagonals of tiles of one sequence, and walks along them for one head,
+// or for several that share the tables: dS is added up over heads before it is summed, and the bias is that of all. The
 // position term is constant along diagonals of elements, so its weights stay in shared memory and a lane's sums of dS,
 // by diagonal, in registers over the whole walk: a score costs an addition. A lane's sums of four buckets of time wait
 // in shared memory: buckets hardly change along a diagonal.
@@ -42,7 +43,8 @@ struct TableComputer {
   const TableArguments& arguments;
   const TableStorage<C>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
-  unsigned count = 0;                                            // of steps so far
+  unsigned steps = 0, count = 0;                                 // of steps so far, and of tiles of a head each
+  int heads = 1;                                                 // of the job
 
   __device__ static unsigned lane() { return static_cast<unsigned>(ptx::thread_index()) % 32; }
   __device__ static unsigned thread() { return static_cast<unsigned>(ptx::thread_index()) % 128; }
@@ -51,7 +53,7 @@ struct TableComputer {
   __device__ const AttentionProblem& problem() const { return arguments.params.problem; }
   __device__ const TableJob& job(int number) const { return shared.state.jobs[number % kTableJobs]; }
   // Of the step in work: read where they are used, as few tiles need them.
-  __device__ const StepTile& tile() const { return shared.state.steps[count % C::kSteps]; }
+  __device__ const StepTile& tile() const { return shared.state.steps[steps % C::kSteps]; }
   __device__ const TableJob& job() const { return job(tile().job); }
   __device__ TimeTerm time(const TableJob& job) const {
     return {problem().relative, job.job.sequence, job.job.item.head, shared.cells()};
@@ -75,12 +77,12 @@ struct TableComputer {
     return {job.job.sequence.first_row + warp_row(), -(job.diagonal + group) * kTableTile};
   }
 
-  // S = Q K^T or dP = dO V^T, begun.
-  __device__ __forceinline__ void multiply(Scores& s, uint32_t rows, uint32_t cols) const {
-    const ptx::Descriptor a(rows), b(cols);
+  // S = Q K^T or, kTileBytes behind them, dP = dO V^T, begun.
+  template <int kBehind>
+  __device__ __forceinline__ void multiply(Scores& s, const ptx::Descriptor& a, const ptx::Descriptor& b) const {
 #pragma unroll
     for (int i = 0; i < C::kDim / 16; ++i) {
-      const int at = i / 4 * kTableTile * 128 + i % 4 * 32;
+      const int at = kBehind + i / 4 * kTableTile * 128 + i % 4 * 32;
       ptx::Wgmma<kTableTile, T>::multiply_rows(s, a.at(at), b.at(at), i > 0);
     }
     ptx::wgmma_commit();
@@ -135,11 +137,15 @@ struct TableComputer {
     shared.window(group).set(e, weight);
     meet(barrier, 128);
   }
-  // u = argument (alpha s + bias); weight: of the first bucket.
+  // argument (alpha s + bias), or of several heads, which have the same bias, that without s. weight: of the first
+  // bucket.
+  __device__ __forceinline__ float plus(float s, float bias) const {
+    return C::kHeads == 1 ? fmaf(s, arguments.alpha, bias) : bias;
+  }
   __device__ __forceinline__ void add_bias(BiasNote note, float weight, Tile& s, Kept& kept) const {
     if (note.elementwise()) {
       const TableJob& of = job();
-      s.each([&](float& x, int, int) { x = fmaf(x, arguments.alpha, weight); });
+      s.each([&](float& x, int, int) { x = plus(x, weight); });
       position(of).template add_elementwise<false>(s, of.job.sequence.mask, origin(), kArgument);
     } else {
       const TableWindow window = shared.window(group);
@@ -152,8 +158,8 @@ struct TableComputer {
         for (int r = 0; r < 2; ++r)
           if (d + r >= 0 && d + r < 8) {
             float* x = &s.x[0][d + r][r * 2];
-            x[0] = fmaf(x[0], arguments.alpha, b.x);
-            x[1] = fmaf(x[1], arguments.alpha, b.y);
+            x[0] = plus(x[0], b.x);
+            x[1] = plus(x[1], b.y);
           }
       }
     }
@@ -170,15 +176,15 @@ struct TableComputer {
   __device__ __forceinline__ Times times(const TimeTerm& t, BiasNote note) const {
     const TileOrigin at = origin();
     if (!(note.code & TableNotes::kNear)) return {t, at.query, at.key};
-    return stored_times<kLines>(t, at, shared.query_times(count).at(warp_row()), shared.key_times(count - group));
+    return stored_times<kLines>(t, at, shared.query_times(steps).at(warp_row()), shared.key_times(steps - group));
   }
 
   __device__ __forceinline__ StepBoundaries boundaries() const {
-    return {shared.query_times(count).at(warp_row()), shared.key_times(count - group)};
+    return {shared.query_times(steps).at(warp_row()), shared.key_times(steps - group)};
   }
 
   __device__ __forceinline__ StepCells<C> step_cells() const {
-    return {shared.query_times(count).at(warp_row()), shared.key_times(count - group), shared.cell_buckets()};
+    return {shared.query_times(steps).at(warp_row()), shared.key_times(steps - group), shared.cell_buckets()};
   }
 
   // ---- sums ----
@@ -241,35 +247,56 @@ struct TableComputer {
     ptx::named_barrier_arrive(5 + (warp() / 4 + 1) % C::kGroups, 256);
   }
 
-  // A tile of which something is kept. Its dS goes to `sums` where the position term runs along diagonals.
+  // A tile of which something is kept, of all heads of the job. Its dS goes to `sums` where the position term runs
+  // along diagonals. Several heads have the same bias, which is worked out once, and their dS are added up and summed
+  // once.
   __device__ __forceinline__ void compute_tile(TableStep step, Diagonals& sums) {
-    Scores s, d;
-    const uint32_t queries = shared.query(count), keys = shared.key(count - group);
-    const int2 head = notes().get(step.number() & 31);
-    take_turn();
-    ptx::wgmma_fence();
-    multiply(s, queries, keys);
-    multiply(d, queries + C::kTileBytes, keys + C::kTileBytes);
-    const BiasNote note = {__shfl_sync(~0u, static_cast<unsigned>(head.x), 0)};
-    const bool covered = step.covered(group);
-    uint64_t keep = 0;
-    if (!covered) {
-      const TileOrigin at = origin();
-      keep = row_bits(job().job.sequence.mask, at.query + static_cast<int>(lane()), at.key);
-    }
-    ptx::wgmma_wait<1>();
-    ptx::wgmma_settle(s);
-    pass_turn();
-    Tile &u = reinterpret_cast<Tile&>(s), &ds = reinterpret_cast<Tile&>(d);
+    Scores s, d, bias, sum;
+    Tile &u = reinterpret_cast<Tile&>(s), &ds = reinterpret_cast<Tile&>(C::kHeads == 1 ? d : sum);
     Kept kept;
-    add_bias(note, __int_as_float(head.y), u, kept);
-    Score<T>::slope(u);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_settle(d);
-    release_tiles(tile().step);
+    const int2 head = notes().get(step.number() & 31);
+    BiasNote note;
+    uint64_t keep = 0;
+    if constexpr (C::kHeads > 1) {
+      note = {__shfl_sync(~0u, static_cast<unsigned>(head.x), 0)};
+      add_bias(note, __int_as_float(head.y), reinterpret_cast<Tile&>(bias), kept);
+      ds.clear();
+    }
+#pragma unroll 1
+    for (int left = heads;; wait_for_tiles()) {
+      const ptx::Descriptor queries(shared.query(count)), keys(shared.key(count - group * heads));
+      take_turn();
+      ptx::wgmma_fence();
+      multiply<0>(s, queries, keys);
+      multiply<C::kTileBytes>(d, queries, keys);
+      if constexpr (C::kHeads == 1) note = {__shfl_sync(~0u, static_cast<unsigned>(head.x), 0)};
+      if (!step.covered(group) && (C::kHeads == 1 || left == 1)) {
+        const TileOrigin at = origin();
+        keep = row_bits(job().job.sequence.mask, at.query + static_cast<int>(lane()), at.key);
+      }
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_settle(s);
+      pass_turn();
+      if constexpr (C::kHeads == 1) {
+        add_bias(note, __int_as_float(head.y), u, kept);
+      } else {
 #pragma unroll
-    for (int i = 0; i < kTableTile / 2; ++i) d[i] = fmaf(d[i], s[i], d[i]);
-    if (!covered) mask_rows(keep, ds);
+        for (int i = 0; i < kTableTile / 2; ++i) s[i] = fmaf(s[i], arguments.alpha, bias[i]);
+      }
+      Score<T>::slope(u);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_settle(d);
+      release_tiles(tile().step);
+      ++count;
+#pragma unroll
+      for (int i = 0; i < kTableTile / 2; ++i) d[i] = fmaf(d[i], s[i], d[i]);
+      if constexpr (C::kHeads > 1) {
+#pragma unroll
+        for (int i = 0; i < kTableTile / 2; ++i) sum[i] += d[i];
+      }
+      if (C::kHeads == 1 || --left == 0) break;
+    }
+    if (!step.covered(group)) mask_rows(keep, ds);
     if (problem().scale.per_row) scale_rows(ds);
     const float total = note.elementwise() ? sum_positions(ds) : sum_diagonals(ds, sums);
     if (arguments.time.sums) sum_times(note, ds, kept, total);
@@ -305,30 +332,40 @@ struct TableComputer {
     __syncwarp();
     if (lane_id() != 0) return;
     shared.state.query_empty[count % C::kQueryStages].arrive();
-    if (step.before() >= group) shared.state.key_empty[(count - group) % C::kKeyStages].arrive();
+    if (step.before() >= group) shared.state.key_empty[(count - group * heads) % C::kKeyStages].arrive();
+  }
+  __device__ __forceinline__ void skip_tile(TableStep step) {
+    for (int left = heads;; wait_for_tiles()) {
+      take_turn();
+      pass_turn();
+      release_tiles(step);
+      ++count;
+      if (C::kHeads == 1 || --left == 0) break;
+    }
   }
 
+  __device__ __forceinline__ void wait_for_tiles() const {
+    shared.state.tiles[count % C::kSteps].wait(count / C::kSteps % 2);
+  }
   __device__ __forceinline__ void walk(Diagonals& sums) {
     TableStep step;
 #pragma unroll 1
     do {
-      shared.state.step[count % C::kSteps].wait(count / C::kSteps % 2);
+      wait_for_tiles();
       step = tile().step.uniform();
       if (step.unnoted()) take_notes(step.number());
       if (step.kept(group)) {
         compute_tile(step, sums);
         step = tile().step.uniform();  // read again: it took a register
       } else {
-        take_turn();
-        pass_turn();
-        release_tiles(step);
+        skip_tile(step);
       }
-      ++count;
+      ++steps;
     } while (!step.last());
     // Keys that only other groups would have used in the next steps.
     if (lane_id() == 0)
 #pragma unroll 1
-      for (unsigned at = count - min_int(step.before() + 1, group); at != count; ++at)
+      for (unsigned at = count - min_int(step.before() + 1, group) * heads; at != count; ++at)
         shared.state.key_empty[at % C::kKeyStages].arrive();
     __syncwarp();
   }
@@ -347,6 +384,7 @@ struct TableComputer {
       notes().set_jobs(jobs);
       shared.state.job.full[jobs % kTableJobs].wait(jobs / kTableJobs % 2);
       if (!job(jobs).more) break;
+      if constexpr (C::kHeads > 1) heads = __shfl_sync(~0u, job(jobs).heads, 0);  // the same in all lanes
       Diagonals sums = {};
       fill_window(job(jobs));
       shared.buckets(warp()).reset();
@@ -389,7 +427,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 }
 
 template <class C, class T, bool kLines>
-Status attention_table_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
+Status attention_table_grads(const AttentionBwdParams& params, int heads, void* tickets, int processors,
+                             cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   const BwdWorkspace tables = BwdWorkspace::plan(params, C::kDim, kTableTile, nullptr);
   static_assert(Score<T>::kArgument == Score<T>::kSlope, "alpha is folded as the backward folds it");
@@ -398,10 +437,11 @@ Status attention_table_grads(const AttentionBwdParams& params, void* tickets, in
                            {},
                            {},
                            params,
-                           key_schedule(a),
+                           key_schedule(a, heads),
                            Tickets(tickets),
                            tables.position,
                            tables.time,
+                           heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, kTableTile);
@@ -410,18 +450,42 @@ Status attention_table_grads(const AttentionBwdParams& params, void* tickets, in
   if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v); !s.ok()) return s;
-  const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, a.heads);
+  // At 128 dimensions without times, loads take longer than waiting at the end.
+  if (heads > 1 && (C::kDim == 64 || a.relative.time_weight))
+    widen_groups(arguments.schedule, a, 2 * kTableTile * heads, processors);
+  const int64_t items =
+      most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, arguments.schedule.heads);
   return launch<true>(attention_table_grads_kernel<C, T, kLines>, arguments, items < processors ? items : processors,
                       C::kThreads, C::kSharedBytes, stream);
+}
+
+// Heads whose dS are added up, at most `most`: those of a problem in equal parts, as long as they share the tables and
+// leave work for all processors.
+inline int summed_heads(const AttentionProblem& a, int most, int processors) {
+  const RelativeBiasParams& r = a.relative;
+  if ((r.position_weight && r.position_head_stride != 0) || (r.time_weight && r.time_head_stride != 0)) return 1;
+  int parts = ceil_div(a.heads, most);
+  while (parts < a.heads && most_items(a.jagged.total_kv, a.jagged.batch, 2 * kTableTile, parts) < processors) ++parts;
+  return ceil_div(a.heads, parts);
 }
 
 // The gradients of the tables that are wanted, added to what is there. `tickets`: see tickets.h.
 template <class T, int kDim>
 Status attention_table_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
-  if (has_many_buckets<T>(params.problem.relative))  // whose look-ups take more registers
-    return attention_table_grads<TableShape<kDim, 2, kDim == 64 ? 5120 : 4096>, T, true>(params, tickets, processors,
-                                                                                         stream);
-  return attention_table_grads<TableShape<kDim, 3, 0>, T, false>(params, tickets, processors, stream);
+  const AttentionProblem& a = params.problem;
+  constexpr bool kNarrow = kDim == 64;
+  constexpr int kHeads = kNarrow ? 4 : 2, kStages = kNarrow ? 4 : 2;
+  const int heads = summed_heads(a, kHeads, processors);
+  if (has_many_buckets<T>(a.relative)) {  // whose look-ups take more registers
+    using Many = TableShape<kDim, 2, kHeads, kNarrow ? 5120 : 4096, 2, kNarrow ? 2 : 1>;
+    return attention_table_grads<Many, T, true>(params, heads, tickets, processors, stream);
+  }
+  if (heads > 1) {
+    using Shared = TableShape<kDim, 2, kHeads, 0, kStages, kStages>;
+    return attention_table_grads<Shared, T, false>(params, heads, tickets, processors, stream);
+  }
+  using OfHead = TableShape<kDim, 3, 1, 0, kStages, kStages>;
+  return attention_table_grads<OfHead, T, false>(params, heads, tickets, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -99,17 +99,18 @@ struct CellBuckets {
 };
 
 // kGroups warpgroups compute, each the tiles of one diagonal; one more feeds them. A step is a tile of queries and one
-// of keys, which the groups use one after the other, in as many steps. kCells: of BiasCells, where buckets are many.
-template <int kDim_, int kGroups_, int kCells_>
+// of keys of each of up to kHeads heads; the groups use the keys one after the other, in as many steps, and kAhead more
+// are on their way. kCells: of BiasCells, where buckets are many.
+template <int kDim_, int kGroups_, int kHeads_, int kCells_, int kQueryStages_, int kAhead>
 struct TableShape {
-  static constexpr int kCells = kCells_;
-  static constexpr int kDim = kDim_, kGroups = kGroups_, kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
+  static constexpr int kDim = kDim_, kGroups = kGroups_, kHeads = kHeads_, kCells = kCells_;
+  static constexpr int kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
   static constexpr int kTileBytes = kTableTile * kDim * 2;
-  // Tiles go back as soon as their products are done, what else is known of a step is needed longer. A step is
-  // written when all warps are past the products of that kQueryStages before, and may still use keys' times two before.
-  static constexpr unsigned kKeyStages = kDim == 64 ? (kCells == 0 ? 6 : 4) : (kCells == 0 ? 4 : 3),
-                            kQueryStages = kDim == 64 ? 4 : 2, kSteps = 8;
-  static constexpr int kSlotWords = kDim == 64 ? 512 : 256;  // of a warp's scratch; see KeptBuckets
+  // Tiles go back as soon as their products are done, what else is known of a step is needed longer. A step is written
+  // when all warps are past the products of kQueryStages tiles before; they may still use keys' times two steps before.
+  static constexpr unsigned kQueryStages = kQueryStages_, kKeyStages = (kGroups - 1) * kHeads + kAhead, kSteps = 8;
+  // Of a warp's scratch; see KeptBuckets.
+  static constexpr int kSlotWords = kDim == 64 && (kHeads == 1 || kCells > 0) ? 512 : 256;
   static constexpr int kWarps = 4 * kGroups, kNotes = (kSlotWords + 4) * 4, kBuckets = kNotes + TableNotes::kBytes,
                        kWarpBytes = (kBuckets + BucketSums::kBytes + 15) / 16 * 16;
   static constexpr int kCellBytes = kCells == 0 ? 0 : CellBuckets<kCells>::kBytes;
@@ -117,7 +118,7 @@ struct TableShape {
                                       kWarps * kWarpBytes + kGroups * TableWindow::kBytes +
                                       2 * kSteps * StepTimes::kBytes + kCellBytes + 1024;
   static constexpr int kLoadRegisters = 56, kComputeRegisters = kGroups == 2 ? 224 : 152;
-  static_assert(kSteps > kQueryStages + kGroups - 1 && kKeyStages > kGroups,
+  static_assert(kSteps > kQueryStages + kGroups - 1 && kKeyStages > (kGroups - 1) * kHeads,
                 "a tile of keys is in use for kGroups steps");
   static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
 };

@@ -43,9 +43,10 @@ class TableStep {
   int code_ = 0;
 };
 
-// A band of diagonals of one sequence and head: group g has the tiles (m, n) of m - n = diagonal + g.
+// A band of diagonals of one sequence, and some heads: group g has the tiles (m, n) of m - n = diagonal + g.
 struct TableJob {
-  Job job;
+  Job job;  // its head is the first of `heads`
+  int heads;
   int diagonal;
   bool more;    // false: the block is done
   bool rising;  // neither times of queries nor those of keys fall

@@ -34,9 +34,9 @@ __device__ __forceinline__ bool find_band(const TableArguments& arguments, Table
   for (;
        first || !DiagonalBands<kTableTile, C::kGroups>(state.item.sequence, state.item.item.block).find(band, diagonal);
        first = false) {
-    const WorkItem item =
-        find_work_inline<C::kGroups * kTableTile, true>(arguments.schedule, arguments.tickets.take(first));
+    WorkItem item = find_work_inline<C::kGroups * kTableTile, true>(arguments.schedule, arguments.tickets.take(first));
     if (item.block < 0) return false;
+    item.head *= arguments.heads;
     if (lane_id() == 0) state.item = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
     __syncwarp();
     const TimeTerm time(problem.relative, state.item.sequence, item.head, nullptr);
@@ -64,7 +64,10 @@ __device__ void find_bands(const TableArguments& arguments, const TableStorage<C
     int diagonal = 0;
     const bool more = find_band<C>(arguments, state, found.count == 0, band, diagonal);
     TableJob& job = state.jobs[stage];
-    if (lane_id() == 0) job = {state.item, diagonal, more, state.rising};
+    if (lane_id() == 0) {
+      const int left = arguments.params.problem.heads - state.item.item.head;
+      job = {state.item, min_int(arguments.heads, left), diagonal, more, state.rising};
+    }
     __syncwarp();
     if (lane_id() == 0) state.job.full[stage].arrive();
     if (!more) break;
@@ -83,8 +86,8 @@ struct TableLoader {
   // Steps left of a job when the next one is claimed, which takes as long as some of them.
   static constexpr int kClaimSteps = 8;
 
-  Count jobs, parts;   // so far
-  unsigned count = 0;  // of steps
+  Count jobs, parts;              // so far
+  unsigned steps = 0, count = 0;  // of steps, and of tiles of a head each
 
   // A tile of two tensors, by one lane.
   __device__ void load(const CUtensorMap& map, const CUtensorMap& other, ptx::Mbarrier& full, uint32_t to, int head,
@@ -95,25 +98,31 @@ struct TableLoader {
       ptx::tma_load_3d(to + C::kTileBytes + panel, other, full, p * kPanel, head, row);
     }
   }
-  __device__ void load_step(const TableJob& job, TableStep step) {
+  __device__ __forceinline__ void load_step(const TableJob& job, TableStep step) {
+    const int heads = C::kHeads == 1 ? 1 : job.heads;
+#pragma unroll 1
+    for (int head = 0; head < heads; ++head, ++count) load_tiles(job, step, head);
+    ++steps;
+  }
+  __device__ __forceinline__ void load_tiles(const TableJob& job, TableStep step, int number) {
     TableState<C>& state = shared.state;
     const Sequence& s = job.job.sequence;
-    const int head = job.job.item.head, row = step.number() * kTableTile, col = row - job.diagonal * kTableTile;
-    ptx::Mbarrier& full = state.step[count % C::kSteps];
+    const int head = job.job.item.head + number, row = step.number() * kTableTile,
+              col = row - job.diagonal * kTableTile;
+    ptx::Mbarrier& full = state.tiles[count % C::kSteps];
     state.key_empty[count % C::kKeyStages].wait(count / C::kKeyStages % 2 ^ 1);
     state.query_empty[count % C::kQueryStages].wait(count / C::kQueryStages % 2 ^ 1);
     if (lane_id() == 0) {
-      state.steps[count % C::kSteps] = {step, s.first_row + row, col, static_cast<int>(jobs.count)};
+      if (number == 0) state.steps[steps % C::kSteps] = {step, s.first_row + row, col, static_cast<int>(jobs.count)};
       full.arrive_expect_tx(2 * C::kTileBytes * ((step.kept() != 0) + step.keys()));
       if (step.keys())
         load(arguments.k, arguments.v, full, shared.key(count), head, static_cast<int>(s.begin_kv) + col);
       if (step.kept())
         load(arguments.q, arguments.grad_out, full, shared.query(count), head, static_cast<int>(s.begin_q) + row);
     }
-    write_times(job, s.first_row + row, col);
+    if (number == 0) write_times(job, s.first_row + row, col);
     __syncwarp();
     if (lane_id() == 0) full.arrive();
-    ++count;
   }
   __device__ void write_times(const TableJob& job, int row, int col) const {
     const TimeTerm time(arguments.params.problem.relative, job.job.sequence, job.job.item.head, nullptr);
@@ -127,10 +136,10 @@ struct TableLoader {
     const uint32_t left = __shfl_sync(~0u, cols[0], 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      ptx::st_shared(shared.query_times(count).at(i * 32 + lane_id()), rows[i]);
-      ptx::st_shared(shared.key_times(count).at(i * 32 + lane_id()), cols[i] - left);
+      ptx::st_shared(shared.query_times(steps).at(i * 32 + lane_id()), rows[i]);
+      ptx::st_shared(shared.key_times(steps).at(i * 32 + lane_id()), cols[i] - left);
     }
-    if (lane_id() == 0) ptx::st_shared(shared.key_times(count).left(), left);
+    if (lane_id() == 0) ptx::st_shared(shared.key_times(steps).left(), left);
   }
 
   __device__ void load_job(const TableJob& job) {

@@ -5,7 +5,7 @@
 //   job_full    the finding warp               job_empty    each computing warp, and the loading warp
 //   part_full   the finding warp               part_empty   the loading warp
 //   wanted      the loading warp, near the end of a job: the next may be claimed
-//   step        the loading lane twice: times, and the bytes of all four tensors
+//   tiles       the loading lane twice: the bytes of all four tensors; of a step's first head, times
 //   query_empty each computing warp            key_empty    each computing warp, as many steps later as its group says
 #pragma once
 
@@ -26,6 +26,7 @@ struct TableArguments {
   Schedule schedule;
   Tickets tickets;
   TableSums position, time;
+  int heads;    // whose dS are added up before they are summed: more than one only where they share the tables
   float alpha;  // times the argument of SiLU
 };
 
@@ -36,7 +37,7 @@ struct TableState {
   Gate<kTableJobs> job;
   Gate<kTableParts> part;
   ptx::Mbarrier wanted;
-  ptx::Mbarrier step[C::kSteps], query_empty[C::kQueryStages], key_empty[C::kKeyStages];
+  ptx::Mbarrier tiles[C::kSteps], query_empty[C::kQueryStages], key_empty[C::kKeyStages];
   TableJob jobs[kTableJobs];
   StepPart parts[kTableParts];
   StepTile steps[C::kSteps];
@@ -45,7 +46,7 @@ struct TableState {
 
   __device__ void init() {
     job.init(1, C::kWarps + 1), part.init(1, 1), wanted.init(1);
-    for (ptx::Mbarrier& b : step) b.init(2);
+    for (ptx::Mbarrier& b : tiles) b.init(2);
     for (ptx::Mbarrier& b : query_empty) b.init(C::kWarps);
     for (ptx::Mbarrier& b : key_empty) b.init(C::kWarps);
     ptx::fence_mbarrier_init();
@@ -62,19 +63,19 @@ struct TableStorage {
     base = (static_cast<uint32_t>(__cvta_generic_to_shared(start)) + 1023) & ~1023u;
     memory = start + (base - static_cast<uint32_t>(__cvta_generic_to_shared(start)));
   }
-  // Of step number `count`: queries and dO behind them; keys and values.
-  __device__ uint32_t query(unsigned count) const { return tiles(count % C::kQueryStages); }
-  __device__ uint32_t key(unsigned count) const { return tiles(C::kQueryStages + count % C::kKeyStages); }
-  __device__ uint32_t tiles(unsigned stage) const { return base + stage * (2 * C::kTileBytes); }
+  // Of tiles number `count`: queries and dO behind them; keys and values.
+  __device__ uint32_t query(unsigned count) const { return stage(count % C::kQueryStages); }
+  __device__ uint32_t key(unsigned count) const { return stage(C::kQueryStages + count % C::kKeyStages); }
+  __device__ uint32_t stage(unsigned number) const { return base + number * (2 * C::kTileBytes); }
   __device__ void* cells() const { return memory + 2 * (C::kQueryStages + C::kKeyStages) * C::kTileBytes; }
   __device__ TableSlots<C> slots(int warp) const {
-    return {tiles(C::kQueryStages + C::kKeyStages) + TimeTerm::kSharedBytes + warp * C::kWarpBytes};
+    return {stage(C::kQueryStages + C::kKeyStages) + TimeTerm::kSharedBytes + warp * C::kWarpBytes};
   }
   __device__ TableNotes notes(int warp) const { return {slots(warp).base + C::kNotes}; }
   __device__ BucketSums buckets(int warp) const { return {slots(warp).base + C::kBuckets}; }
   __device__ StepTimes times(unsigned stage) const { return {window(C::kGroups).base + stage * StepTimes::kBytes}; }
-  __device__ StepTimes query_times(unsigned count) const { return times(count % C::kSteps); }
-  __device__ StepTimes key_times(unsigned count) const { return times(C::kSteps + count % C::kSteps); }
+  __device__ StepTimes query_times(unsigned step) const { return times(step % C::kSteps); }
+  __device__ StepTimes key_times(unsigned step) const { return times(C::kSteps + step % C::kSteps); }
   __device__ CellBuckets<C::kCells> cell_buckets() const { return {times(2 * C::kSteps).base}; }
   __device__ TableWindow window(int group) const { return {slots(C::kWarps).base + group * TableWindow::kBytes}; }
 };

@@ -174,24 +174,25 @@ __device__ __noinline__ WorkItem find_work(const Schedule& s, int64_t index) {
 // ---- host ----
 
 // Keys and values of a group take about 16 MB: what an L2 holds beside everything else.
-inline void set_groups(Schedule& s, const AttentionProblem& a, int element_bytes) {
+inline void set_groups(Schedule& s, const AttentionProblem& a, int bytes_a_row) {
   constexpr double kBytes = 16e6;
   const JaggedParams& j = a.jagged;
-  const double bytes = static_cast<double>(j.total_kv) * (a.dim_qk + a.dim_v) * element_bytes / max_int(j.batch, 1);
-  while (s.group < kChunk && 2 * s.group * a.heads * bytes <= kBytes) s.group *= 2;
-  s.head_group = a.heads;
-  while (s.head_group > 1 && (a.heads % s.head_group != 0 || s.group * s.head_group * bytes > kBytes)) --s.head_group;
+  const double bytes = static_cast<double>(j.total_kv) * bytes_a_row / max_int(j.batch, 1);
+  while (s.group < kChunk && 2 * s.group * s.heads * bytes <= kBytes) s.group *= 2;
+  s.head_group = s.heads;
+  while (s.head_group > 1 && (s.heads % s.head_group != 0 || s.group * s.head_group * bytes > kBytes)) --s.head_group;
 }
 
 inline int element_bytes(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
 
-inline Schedule key_schedule(const AttentionProblem& a) {
+// heads: of an item; the number of an item's head is then that of so many.
+inline Schedule key_schedule(const AttentionProblem& a, int heads = 1) {
   Schedule s;
   s.offsets = a.jagged.offsets;
   s.total = a.jagged.total_kv;
   s.batch = a.jagged.batch;
-  s.heads = a.heads;
-  set_groups(s, a, element_bytes(a.dtype));
+  s.heads = ceil_div(a.heads, heads);
+  set_groups(s, a, heads * (a.dim_qk + a.dim_v) * element_bytes(a.dtype));
   return s;
 }
 
@@ -200,6 +201,14 @@ inline Schedule query_schedule(const AttentionProblem& a) {
   if (a.jagged.offsets_q) s.offsets = a.jagged.offsets_q;
   s.total = a.jagged.total_q;
   return s;
+}
+
+// For items of `width` diagonals of a sequence, which are few and long: groups of so many sequences that all processors
+// have work for as long as such an item of one and a half times the mean length takes. Who claims one near the end
+// keeps nobody waiting then.
+inline void widen_groups(Schedule& s, const AttentionProblem& a, int width, int processors) {
+  const double mean = static_cast<double>(a.jagged.total_kv) / max_int(a.jagged.batch, 1);
+  while (s.group < kChunk && s.group * a.heads * mean / 2 < 1.5 * width * processors) s.group *= 2;
 }
 
 constexpr int kMostBlocks = 0x7fffffff;  // of a grid
