@@ -348,6 +348,22 @@ REAL = [
 ]
 
 
+_CROWD = (130, 0, 64, *(n * 37 % 66 for n in range(150)))
+
+# So many sequences that kernels have no reason to split what heads have in common.
+CROWDED = [
+    Case("causal", _CROWD, heads=4, dim_qk=64, dim_v=48, bias="position+time"),
+    Case("targets", _CROWD, bias="position+time", num_targets=tuple(min(n, n % 9) for n in _CROWD)),
+    Case("window", _CROWD, heads=5, bias="position+time", max_attn_len=40, min_full_attn_seq_len=20),
+    Case("not-causal", _CROWD, heads=4, bias="time", causal=False, query_timestamps=True),
+    Case("queries", _CROWD, bias="position+time", queries=tuple(n // 3 for n in _CROWD), scale="row"),
+    Case("position", _CROWD, heads=6, dim_qk=128, dim_v=72, bias="position", scale="sequence"),
+    Case("wide", _CROWD, heads=4, dim_qk=128, dim_v=128, bias="position+time"),
+    Case("many", _CROWD, heads=4, dim_qk=64, bias="position+time/sqrt", contextual_seq_len=5),
+    Case("wide-many", _CROWD, heads=3, dim_qk=72, dim_v=128, bias="time/sqrt", causal=False),
+]
+
+
 def random_case(seed: int) -> Case:
     """A case with every option drawn at random; small, so that many fit in a test run."""
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""compute-sanitizer over every case of SMALL and CORNER, forward and backward, on a GPU:
+"""compute-sanitizer over every case of SMALL, CORNER and CROWDED, forward and backward, on a GPU:
 
     python python_tests/sanitize.py                            initcheck, memcheck, synccheck, with both kernel families
     python python_tests/sanitize.py --tools racecheck --backends sm80
@@ -26,7 +26,7 @@ TOOLS, BACKENDS = ("initcheck", "memcheck", "synccheck"), ("", "sm80")
 def run_cases(dtype_names: list[str]) -> None:
     """What runs under the tool."""
     import torch
-    from cases import CORNER, SMALL, make
+    from cases import CORNER, CROWDED, SMALL, make
 
     from hstu_ops import RelativeBias, TimeBuckets, hstu_attention
 
@@ -34,7 +34,7 @@ def run_cases(dtype_names: list[str]) -> None:
         return x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
     dtypes = [getattr(torch, x) for x in dtype_names]
-    cases = [*SMALL, *CORNER]
+    cases = [*SMALL, *CORNER, *CROWDED]
     for n, case in enumerate(cases):
         inputs = make(case, dtypes[n % len(dtypes)])
         options = {name: there(x) for name, x in inputs.options.items()}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, make
+from cases import CROWDED, Case, make
 from checks import check, forward_backward
 
 from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, hstu_attention, reference
@@ -222,24 +222,9 @@ def test_many_buckets(table, kind, heads, dim, dtype, device):
         check(Case(table, (400, 93), bias="position+time", dim_qk=dim, dim_v=dim), dtype, device, change=change)
 
 
-_CROWD = (130, 0, 64, *(n * 37 % 66 for n in range(150)))
-
-
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [
-        ("rising", Case("causal", _CROWD, heads=4, dim_qk=64, dim_v=48, bias="position+time")),
-        ("rising", Case("targets", _CROWD, bias="position+time", num_targets=tuple(min(n, n % 9) for n in _CROWD))),
-        ("rising", Case("window", _CROWD, heads=5, bias="position+time", max_attn_len=40, min_full_attn_seq_len=20)),
-        ("rising", Case("not causal", _CROWD, heads=4, bias="time", causal=False, query_timestamps=True)),
-        ("rising", Case("queries", _CROWD, bias="position+time", queries=tuple(n // 3 for n in _CROWD), scale="row")),
-        ("rising", Case("position", _CROWD, heads=6, dim_qk=128, dim_v=72, bias="position", scale="sequence")),
-        ("rising", Case("wide", _CROWD, heads=4, dim_qk=128, dim_v=128, bias="position+time")),
-        ("shuffled", Case("causal", _CROWD, heads=4, bias="position+time")),
-        ("rising", Case("many", _CROWD, heads=4, dim_qk=64, bias="position+time/sqrt", contextual_seq_len=5)),
-        ("rising", Case("wide, many", _CROWD, heads=3, dim_qk=72, dim_v=128, bias="time/sqrt", causal=False)),
-        ("shuffled", Case("many", _CROWD, heads=4, bias="position+time/sqrt")),
-    ],
+    [("rising", x) for x in CROWDED] + [("shuffled", x) for x in CROWDED if x.name in ("causal", "many")],
     ids=lambda x: x.name if isinstance(x, Case) else x,
 )
 def test_many_sequences(kind, case, dtype, device):

@@ -17,17 +17,13 @@ __device__ __forceinline__ void start_from_bias(const AttentionProblem& problem,
   const unsigned code = ptx::uniform(head.x);
   const float weight = __int_as_float(head.y);
   const Lane lane;
-  const int pair = stage.window().pair(at.warp * 16 + lane.row(), lane.col());
-  if (code & WarpNote::kElementwise) {
-    s.each([=](float& x, int, int) { x = weight; });
-  } else {
+  const uint32_t window = tables.diagonals(stage, code, at.warp * 16 + lane.row(), lane.col());
 #pragma unroll
-    for (int d = -1; d < 8; ++d) {
-      const float2 w = stage.window().weights(pair + d * 32);
-      const float x = fmaf(factor, w.x, weight), y = fmaf(factor, w.y, weight);
-      if (d >= 0) s.x[0][d][0] = x, s.x[0][d][1] = y;
-      if (d < 7) s.x[0][d + 1][2] = x, s.x[0][d + 1][3] = y;
-    }
+  for (int d = -1; d < 8; ++d) {
+    const float2 w = ptx::ld_shared_v2(window + d * 32);
+    const float x = fmaf(factor, w.x, weight), y = fmaf(factor, w.y, weight);
+    if (d >= 0) s.x[0][d][0] = x, s.x[0][d][1] = y;
+    if (d < 7) s.x[0][d + 1][2] = x, s.x[0][d + 1][3] = y;
   }
   if (code == 0) return;
   add_times(stage, tables, note, code, at.times, s);

@@ -24,13 +24,12 @@ struct DiagonalWindow {
 #pragma unroll
     for (int copy = 0; copy < 2; ++copy) ptx::cp_async_4(base + copy * kCopy + e * 4, from);
   }
-  // Where the weights of row `row` and columns `col` and `col` + 1 are, from the window's start on; those of columns 8
-  // further on are 32 bytes further on.
-  __device__ static int pair(int row, int col) {
+  // Where the weights of row `row` and columns `col` and `col` + 1 are; those of columns 8 further on are 32 bytes
+  // further on.
+  __device__ uint32_t pair(int row, int col) const {
     const int e = col - row + kRows - 1;
-    return e * 4 + (e & 1) * kCopy;
+    return base + e * 4 + (e & 1) * kCopy;
   }
-  __device__ float2 weights(int pair) const { return ptx::ld_shared_v2(base + pair); }
 };
 
 }  // namespace hstu_ops::cuda::sm90

@@ -137,14 +137,21 @@ struct NoteQueue {
 template <class B>
 struct BiasTables {
   using Cells = BiasCells<B::kCells>;
-  static constexpr int kBytes = Cells::kBytes;
+  static constexpr int kZeroBytes = 384, kBytes = Cells::kBytes + kZeroBytes;
 
   uint32_t base;
 
   __device__ Cells cells() const { return Cells(base); }
-  // The stages, which lie behind: without a position term their weights stay zeros. Before anyone fills one.
+  // Where a lane's weights of row `row` and column `col` of a tile are, those of block diagonals -1 to 7 from there 32
+  // bytes apart: zeros, if the position term is added one by one.
+  __device__ __forceinline__ uint32_t diagonals(const BiasStage<B>& stage, unsigned code, int row, int col) const {
+    static_assert(kZeroBytes >= 9 * 32);
+    return code & WarpNote::kElementwise ? base + Cells::kBytes + 32 : stage.window().pair(row, col);
+  }
+  // The zeros, and the stages, which lie behind: without a position term their weights stay zeros. Before anyone fills
+  // one.
   __device__ __forceinline__ void clear_stages(int bytes, int thread, int threads) const {
-    for (int i = thread; i < bytes / 4; i += threads) ptx::st_shared(base + kBytes + i * 4, 0u);
+    for (int i = thread; i < (kZeroBytes + bytes) / 4; i += threads) ptx::st_shared(base + Cells::kBytes + i * 4, 0u);
   }
   // By `threads` threads that meet in sync().
   template <class Sync>

@@ -136,41 +136,37 @@ struct TileBias<C, RelativeBias> {
   BiasTables<B> tables;
   WarpNote note;
   unsigned code;
-  float weight;  // of the first bucket
-  int pair;
-  float2 diagonals[9];  // and of the position term, together
+  float weight;         // of the first bucket
+  uint32_t window;      // see BiasTables::diagonals
+  float2 diagonals[9];  // weights of the position term and the first bucket together
 
   __device__ __forceinline__ TileBias(uint32_t base, BiasTables<B> tables, const BiasTile& at)
       : stage(base), tables(tables), note(stage.note(at.warp)) {
     const int2 head = note.head();
     code = ptx::uniform(head.x);
     weight = __int_as_float(head.y);
-    pair = stage.window().pair(at.warp * 16 + lane_row(), lane_col());
+    window = tables.diagonals(stage, code, at.warp * 16 + lane_row(), lane_col());
   }
 
   __device__ __forceinline__ void load(float argument) {
 #pragma unroll
     for (int d = 0; d < 9; ++d) {
-      const float2 x = stage.window().weights(pair + (d - 1) * 32);
+      const float2 x = ptx::ld_shared_v2(window + (d - 1) * 32);
       diagonals[d] = make_float2(fmaf(argument, x.x, weight), fmaf(argument, x.y, weight));
     }
   }
 
   __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
                                       float argument, Accumulator<1, 8>& s) {
-    if (code & WarpNote::kElementwise) {
-      s.each([&](float& x, int, int) { x = fmaf(x, alpha, weight); });
-    } else {
 #pragma unroll
-      for (int d = -1; d < 8; ++d)
+    for (int d = -1; d < 8; ++d)
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (d + r < 8 && d + r >= 0) {
-            float* x = &s.x[0][d + r][r * 2];
-            x[0] = fmaf(x[0], alpha, diagonals[d + 1].x);
-            x[1] = fmaf(x[1], alpha, diagonals[d + 1].y);
-          }
-    }
+      for (int r = 0; r < 2; ++r)
+        if (d + r < 8 && d + r >= 0) {
+          float* x = &s.x[0][d + r][r * 2];
+          x[0] = fmaf(x[0], alpha, diagonals[d + 1].x);
+          x[1] = fmaf(x[1], alpha, diagonals[d + 1].y);
+        }
     if (code == 0) return;
     add_times(stage, tables, note, code, at.times, s);
     if (code & WarpNote::kOneByOne) add_one_by_one<B::kTransposed>(problem, job, note, code, at, argument, s);

@@ -149,10 +149,10 @@ struct TableComputer {
       position(of).template add_elementwise<false>(s, of.job.sequence.mask, origin(), kArgument);
     } else {
       const TableWindow window = shared.window(group);
-      const int pair = window.pair(warp_row() + static_cast<int>(lane() / 4), static_cast<int>(lane() % 4 * 2));
+      const uint32_t pair = window.pair(warp_row() + static_cast<int>(lane() / 4), static_cast<int>(lane() % 4 * 2));
 #pragma unroll
       for (int d = -1; d < 8; ++d) {
-        const float2 w = window.weights(pair + d * 32);
+        const float2 w = ptx::ld_shared_v2(pair + d * 32);
         const float2 b = {w.x + weight, w.y + weight};
 #pragma unroll
         for (int r = 0; r < 2; ++r)
