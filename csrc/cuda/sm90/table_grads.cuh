@@ -218,7 +218,9 @@ struct TableComputer {
         if (note.code & TableNotes::kCells && step_cells().sum(ds, kept, to, shared.slots(warp()))) return;
       if (Times::template add_kept<T>(ds, to, shared.slots(warp()))) return;
       const TimeTerm t = time(of);
-      times(t, note).template add_grad<T>(t, ds, to, shared.slots(warp()));
+      const Times tile = times(t, note);
+      if (!tile.add_searched(t, ds, to, shared.slots(warp())))
+        tile.template add_grad<T>(t, ds, to, shared.slots(warp()));
     } else if (note.steps() == 0) {
       shared.buckets(warp()).put(to, note.first(), total);
     } else {

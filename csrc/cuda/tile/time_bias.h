@@ -102,6 +102,30 @@ struct TileTimes {
     if constexpr (kIs16Bit<T> && !kLines) return KeptBuckets<kM, kN>().sum(slots, ds, to);
     return false;
   }
+  // Adds ds, of 16-bit types, to a table where elements are searched for: as many buckets at a time as there is room
+  // for. False: they are not, or ds is not finite.
+  template <int kM, int kN, class Slots>
+  __device__ __forceinline__ bool add_searched(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to,
+                                               const Slots& slots) const {
+    const unsigned top = __reduce_max_sync(~0u, KeptBuckets<kM, kN>::largest(ds));
+    if (way != kSearch || top >= 0x7f800000) return false;
+    if (top == 0) return true;
+#pragma unroll 1
+    for (int begin = bucket; begin <= last; begin += Slots::kCount) {
+      const int count = min_int(last - begin + 1, Slots::kCount);
+      const KeyedSums<Slots> sums(slots, top, count);
+      sums.clear();
+#pragma unroll 1
+      for (int at = 0; at < kM * kN * 4; ++at) {
+        const int lane = ptx::thread_index() % 32;
+        const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
+        const int k = find(t, kTransposed ? j : i, kTransposed ? i : j) - begin;
+        if (k >= 0 && k < count) sums.add(k, ds.pick(at));
+      }
+      sums.each(count, [&](int k, float sum) { to.add(begin + k, sum); });
+    }
+    return true;
+  }
   // Adds ds to a table.
   template <class T, int kM, int kN, class Slots>
   __device__ __forceinline__ void add_grad(const TimeTerm& t, const Accumulator<kM, kN>& ds, const TableTarget& to,
