@@ -86,6 +86,28 @@ struct TableTarget {
   }
 };
 
+// A lane's sum over elements of one entry that has not been added to the table yet.
+struct TableRun {
+  int entry = 0;
+  float sum = 0.f;
+
+  __device__ __forceinline__ void turn(const TableTarget& to, int next) {
+    if (next == entry) return;
+    to.add(entry, sum);
+    entry = next;
+    sum = 0.f;
+  }
+  // Where the whole warp holds one entry a single addition does.
+  __device__ __forceinline__ void finish(const TableTarget& to) {
+    if (__reduce_min_sync(~0u, entry) == __reduce_max_sync(~0u, entry)) {
+      sum = sum_of_warp(sum);
+      if (lane_id() != 0) sum = 0.f;
+    }
+    to.add(entry, sum);
+    sum = 0.f;
+  }
+};
+
 struct BiasGradients {
   const TableSums &position, &time;
   int head;

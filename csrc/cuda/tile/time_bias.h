@@ -8,28 +8,6 @@
 
 namespace hstu_ops::cuda {
 
-// A lane's sum over elements of one bucket that has not been added to the table yet.
-struct TimeRun {
-  int bucket = 0;
-  float sum = 0.f;
-
-  __device__ __forceinline__ void turn(const TableTarget& to, int next) {
-    if (next == bucket) return;
-    to.add(bucket, sum);
-    bucket = next;
-    sum = 0.f;
-  }
-  // Where the whole warp holds one bucket a single addition does.
-  __device__ __forceinline__ void finish(const TableTarget& to) {
-    if (__reduce_min_sync(~0u, bucket) == __reduce_max_sync(~0u, bucket)) {
-      sum = sum_of_warp(sum);
-      if (lane_id() != 0) sum = 0.f;
-    }
-    to.add(bucket, sum);
-    sum = 0.f;
-  }
-};
-
 // Buckets a tile's scratch has room for.
 template <class Slots, class = void>
 constexpr int kSlots = 64;
@@ -169,7 +147,7 @@ struct TileTimes {
   template <int kM, int kN>
   __device__ __forceinline__ void add_running(const TimeTerm& t, const Accumulator<kM, kN>& ds,
                                               const TableTarget& to) const {
-    TimeRun run;
+    TableRun run;
 #pragma unroll 1
     for (int at = 0; at < kM * kN * 4; ++at) {
       const int lane = ptx::thread_index() % 32;
