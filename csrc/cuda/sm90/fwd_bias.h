@@ -137,7 +137,8 @@ struct NoteQueue {
 template <class B>
 struct BiasTables {
   using Cells = BiasCells<B::kCells>;
-  static constexpr int kZeroBytes = 384, kBytes = Cells::kBytes + kZeroBytes;
+  static constexpr int kZeroBytes = 384;  // the stages behind them start on 128 bytes
+  static constexpr int kBytes = Cells::kBytes + kZeroBytes;
 
   uint32_t base;
 

@@ -137,15 +137,16 @@ struct TableComputer {
     shared.window(group).set(e, weight);
     meet(barrier, 128);
   }
-  // argument (alpha s + bias), or of several heads, which have the same bias, that without s. weight: of the first
-  // bucket.
-  __device__ __forceinline__ float plus(float s, float bias) const {
+  // What add_bias() makes of a score: argument (alpha s + bias) or, of several heads, which have the same bias, that
+  // without s.
+  __device__ __forceinline__ float biased(float s, float bias) const {
     return C::kHeads == 1 ? fmaf(s, arguments.alpha, bias) : bias;
   }
+  // weight: of the first bucket.
   __device__ __forceinline__ void add_bias(BiasNote note, float weight, Tile& s, Kept& kept) const {
     if (note.elementwise()) {
       const TableJob& of = job();
-      s.each([&](float& x, int, int) { x = plus(x, weight); });
+      s.each([&](float& x, int, int) { x = biased(x, weight); });
       position(of).template add_elementwise<false>(s, of.job.sequence.mask, origin(), kArgument);
     } else {
       const TableWindow window = shared.window(group);
@@ -158,8 +159,8 @@ struct TableComputer {
         for (int r = 0; r < 2; ++r)
           if (d + r >= 0 && d + r < 8) {
             float* x = &s.x[0][d + r][r * 2];
-            x[0] = plus(x[0], b.x);
-            x[1] = plus(x[1], b.y);
+            x[0] = biased(x[0], b.x);
+            x[1] = biased(x[1], b.y);
           }
       }
     }

@@ -68,7 +68,13 @@ struct TileTimes {
     }
   }
 
-  // Bucket of one element, however far apart.
+  // Bucket of the lane's element `at`, as pick() counts them, however far apart its times.
+  template <int kN>
+  __device__ __forceinline__ int find(const TimeTerm& t, int at) const {
+    const int lane = ptx::thread_index() % 32;
+    const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
+    return find(t, kTransposed ? j : i, kTransposed ? i : j);
+  }
   __device__ __forceinline__ int find(const TimeTerm& t, int i, int j) const {
     return t.search(time_gap(t.query_time(query + i), t.key_time(key + j)), bucket, last);
   }
@@ -95,9 +101,7 @@ struct TileTimes {
       sums.clear();
 #pragma unroll 1
       for (int at = 0; at < kM * kN * 4; ++at) {
-        const int lane = ptx::thread_index() % 32;
-        const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
-        const int k = find(t, kTransposed ? j : i, kTransposed ? i : j) - begin;
+        const int k = find<kN>(t, at) - begin;
         if (k >= 0 && k < count) sums.add(k, ds.pick(at));
       }
       sums.each(count, [&](int k, float sum) { to.add(begin + k, sum); });
@@ -150,9 +154,7 @@ struct TileTimes {
     TableRun run;
 #pragma unroll 1
     for (int at = 0; at < kM * kN * 4; ++at) {
-      const int lane = ptx::thread_index() % 32;
-      const int i = element_row<kN>(at, lane), j = element_col<kN>(at, lane);
-      run.turn(to, find(t, kTransposed ? j : i, kTransposed ? i : j));
+      run.turn(to, find<kN>(t, at));
       run.sum += ds.pick(at);
     }
     run.finish(to);
