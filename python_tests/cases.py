@@ -304,6 +304,7 @@ CORNER = [
     Case("one-head", (40, 70), heads=1, strided=True),
     Case("position-table-of-1", (40, 70), bias="position/head", positions=1),
     Case("one-long", (300,), bias="position+time", max_attn_len=100, num_targets=(100,)),
+    Case("long-context", (400, 300), bias="position+time", contextual_seq_len=100, num_targets=(250, 40)),
     Case("tile-edges", (31, 32, 33, 63, 64, 65, 127, 128, 129), num_targets=(1, 0, 1, 0, 1, 0, 1, 0, 1)),
     Case("longer-than-max-seq-len", (40, 70), max_seq_len=20),
 ]
@@ -354,6 +355,15 @@ _CROWD = (130, 0, 64, *(n * 37 % 66 for n in range(150)))
 CROWDED = [
     Case("causal", _CROWD, heads=4, dim_qk=64, dim_v=48, bias="position+time"),
     Case("targets", _CROWD, bias="position+time", num_targets=tuple(min(n, n % 9) for n in _CROWD)),
+    Case(
+        "targets-contextual",
+        _CROWD,
+        heads=4,
+        dim_qk=64,
+        bias="position+time",
+        contextual_seq_len=9,
+        num_targets=tuple(min(n, n % 31) for n in _CROWD),
+    ),
     Case("window", _CROWD, heads=5, bias="position+time", max_attn_len=40, min_full_attn_seq_len=20),
     Case("not-causal", _CROWD, heads=4, bias="time", causal=False, query_timestamps=True),
     Case("queries", _CROWD, bias="position+time", queries=tuple(n // 3 for n in _CROWD), scale="row"),

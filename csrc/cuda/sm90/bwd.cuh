@@ -127,10 +127,11 @@ struct BwdComputer : BwdGroup<C, T> {
     if constexpr (C::kBias) {
       await_bias();
       const int warp = ptx::thread_index() / 32 - 4;  // read again: kept, it would take a register
-      const BiasTile at = {warp, job.item.block * C::kKeys + warp * 16,
-                           job.sequence.first_row + tile.tile() * C::kQueries,
-                           shared.state.rows[items.stage<kBwdJobs>()].times + warp * 16,
-                           shared.score_panel(tiles.stage<C::kScoreStages>(), 0).base + warp * 2048};
+      const auto at = [&]() -> BiasTile {
+        return {warp, job.item.block * C::kKeys + warp * 16, job.sequence.first_row + tile.tile() * C::kQueries,
+                shared.state.rows[items.stage<kBwdJobs>()].times + warp * 16,
+                shared.score_panel(tiles.stage<C::kScoreStages>(), 0).base + warp * 2048};
+      };
       start_from_bias(arguments.params.problem, job,
                       BiasStage<typename C::Relative>(shared.bias_stage(tiles.stage<C::kBiasStages>())),
                       shared.bias_tables(), at, arguments.bias_factor, reinterpret_cast<Accumulator<1, 8>&>(s),

@@ -205,7 +205,7 @@ class BwdNoter {
       const Mask& mask = job().sequence.mask;
       const int key = first_key(job()) + warp * 16;
       if (relative_.position_weight && !PositionTerm::linear(mask, {columns.row, key}, C::kQueries, 16))
-        note.mark(WarpNote::kElementwise);
+        note.mark(elementwise_bits<B>(mask, first_key(job()), key, columns.row));
       if (note.head().x & WarpNote::kBlockwise && !columns.tile.covered(warp / 4))
         note.mark(unkept_blocks(mask, columns.row, key) * WarpNote::kBlocks);
     }

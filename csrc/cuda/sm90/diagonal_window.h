@@ -2,6 +2,7 @@
 // the tables.
 #pragma once
 
+#include "core/mask.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/memory.h"
 
@@ -24,6 +25,15 @@ struct DiagonalWindow {
 #pragma unroll
     for (int copy = 0; copy < 2; ++copy) ptx::cp_async_4(base + copy * kCopy + e * 4, from);
   }
+  // Column less row of entry 0, of a window from row `row` and column `col` on.
+  __device__ static int distance(int row, int col) { return col - row - (kRows - 1); }
+  // Does it have the weights of rows [row, row + rows) and columns [col, col + cols) by their logical positions, where
+  // entry 0 is that of distance `first`?
+  __device__ static bool holds(const Mask& mask, int first, int row, int rows, int col, int cols) {
+    return mask.position(col) - mask.position(row + rows - 1) >= first &&
+           mask.position(col + cols - 1) - mask.position(row) < first + kEntries;
+  }
+  __device__ uint32_t at(int e) const { return base + e * 4; }
   // Where the weights of row `row` and columns `col` and `col` + 1 are; those of columns 8 further on are 32 bytes
   // further on.
   __device__ uint32_t pair(int row, int col) const {

@@ -220,7 +220,9 @@ struct FwdComputer {
                                            bool covered) const {
     Tile& tile = reinterpret_cast<Tile&>(s);
     if constexpr (kBias) {
-      bias.add(arguments.params.problem, item.job, bias_place(item, at), arguments.alpha, Score<T>::kArgument, tile);
+      bias.add(
+          arguments.params.problem, item.job, [&] { return bias_place(item, at); }, arguments.alpha,
+          Score<T>::kArgument, tile);
     } else if constexpr (!kFolded) {
       tile.each([this](float& x, int, int) { x *= arguments.alpha; });
     }

@@ -40,8 +40,10 @@ struct WarpNote {
   static constexpr unsigned kOneOctave = 8;     // those of one octave, the shift of which is code / kShift % 32
   static constexpr unsigned kSearch = 16;       // any of `buckets` behind bucket `first`
   static constexpr unsigned kElementwise = 32;  // the position term is not one weight a diagonal
-  static constexpr unsigned kOneByOne = kSearch | kElementwise, kBlockwise = kOneByOne | kCells;
-  static constexpr unsigned kShift = 64;
+  static constexpr unsigned kBeyond = 64;       // and the window does not hold all of them
+  static constexpr unsigned kOneByOne = kSearch | kBeyond, kBlockwise = kOneByOne | kCells,
+                            kUncommon = kBlockwise | kElementwise;
+  static constexpr unsigned kShift = 128;
   static constexpr unsigned kBlocks = 32 * kShift;  // code / kBlocks: see kept_block()
   static constexpr int kMostSteps = 3, kBytes = 8 + kMostSteps * 8;
 

@@ -7,7 +7,29 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// Weights by logical position of rows `row` and row + 8, columns `col` and col + 1; kTransposed: rows are keys.
+// The position term of a tile with targets or contextual rows, whose logical positions do not all differ, from its
+// window.
+template <class B>
+__device__ __forceinline__ void add_from_window(const BiasStage<B>& stage, const Mask& mask, const BiasTile& at,
+                                                float argument, Accumulator<1, 8>& s) {
+  const Lane lane;
+  const int row = at.row + lane.row(), col = at.col + lane.col();
+  const int first = stage.window().distance(at.row - at.warp * 16, at.col);
+  const uint32_t low = stage.window().at(-first - mask.position(row)),
+                 high = stage.window().at(-first - mask.position(row + 8));
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint32_t away = 4 * mask.position(col + n * 8 + c);
+      float* x = &s.x[0][n][c];
+      x[0] = fmaf(argument, ptx::ld_shared(low + away), x[0]);
+      x[2] = fmaf(argument, ptx::ld_shared(high + away), x[2]);
+    }
+}
+
+// Weights by logical position, from the table, of rows `row` and row + 8, columns `col` and col + 1; kTransposed: rows
+// are keys.
 template <bool kTransposed>
 __device__ __forceinline__ void find_positions(const AttentionProblem& problem, const Job& job, int row, int col,
                                                float (&x)[4]) {
@@ -53,22 +75,21 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
   const Lane lane;
   const uint32_t slot = at.scratch + lane.id * 16;
   const int row = at.row + lane.row();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float(&x)[8][4] = s.x[0];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) ptx::st_shared(slot + n * 512, *reinterpret_cast<const float4*>(x[half * 4 + n]));
+#pragma unroll 1
+  for (int first = 0; first < 8; first += 4) {
+    s.each_block_from<4>(
+        first, [&](float(&x)[4], int n) { ptx::st_shared(slot + n % 4 * 512, make_float4(x[0], x[1], x[2], x[3])); });
 #pragma unroll 1
     for (int n = 0; n < 4; ++n) {
-      if (!WarpNote::kept_block<kTransposed>(code, half * 4 + n, 1)) continue;
-      const int col = half * 32 + n * 8 + lane.col();
+      if (!WarpNote::kept_block<kTransposed>(code, first + n, 1)) continue;
+      const int col = (first + n) * 8 + lane.col();
       const auto add = [&](const float(&b)[4]) {
         const float4 y = ptx::ld_shared_v4(slot + n * 512);
         ptx::st_shared(slot + n * 512, make_float4(fmaf(argument, b[0], y.x), fmaf(argument, b[1], y.y),
                                                    fmaf(argument, b[2], y.z), fmaf(argument, b[3], y.w)));
       };
       float b[4];
-      if (code & WarpNote::kElementwise) {
+      if (code & WarpNote::kBeyond) {
         find_positions<kTransposed>(problem, job, row, at.col + col, b);
         add(b);
       }
@@ -78,12 +99,32 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
       search<kTransposed>(time, row, at.col + col, buckets.x, buckets.x + buckets.y, b);
       add(b);
     }
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const float4 y = ptx::ld_shared_v4(slot + n * 512);
-      x[half * 4 + n][0] = y.x, x[half * 4 + n][1] = y.y, x[half * 4 + n][2] = y.z, x[half * 4 + n][3] = y.w;
-    }
+    s.each_block_from<4>(first, [&](float(&x)[4], int n) {
+      const float4 y = ptx::ld_shared_v4(slot + n % 4 * 512);
+      x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+    });
   }
+}
+
+// What a tile's bias has besides one weight a diagonal and one bucket. Most tiles have nothing, or boundaries: each
+// further branch that one of those takes costs a fetch of instructions. place(): the tile, asked where it is needed, as
+// it is read from shared memory; ready(): called before the scratch is used, if it is.
+template <class B, class Place, class Ready>
+__device__ __forceinline__ void add_uncommon(const AttentionProblem& problem, const Job& job, const BiasStage<B>& stage,
+                                             const BiasTables<B>& tables, const WarpNote& note, unsigned code,
+                                             const Place& place, float argument, Accumulator<1, 8>& s,
+                                             const Ready& ready) {
+  if (code == 0) return;
+  add_steps(stage, note, code & WarpNote::kSteps, place().times, s);
+  if (!(code & WarpNote::kUncommon)) return;
+  look_up(stage, tables, note, code, place().times, s);
+  if (!(code & (WarpNote::kOneByOne | WarpNote::kElementwise))) return;
+  const BiasTile at = place();
+  if (code & WarpNote::kElementwise && !(code & WarpNote::kBeyond))
+    add_from_window(stage, job.sequence.mask, at, argument, s);
+  if (!(code & WarpNote::kOneByOne)) return;
+  ready();
+  add_one_by_one<B::kTransposed>(problem, job, note, code, at, argument, s);
 }
 
 // The bias of one tile of a warp: made before the product, for it says what there is to do; load() comes before the
@@ -102,8 +143,10 @@ struct TileBias<C, DenseBias> {
   __device__ TileBias(uint32_t, BiasTables<typename C::Relative>, const BiasTile&) {}
   __device__ void load(float) {}
 
-  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
+  template <class Place>
+  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const Place& place, float alpha,
                                       float argument, Accumulator<1, 8>& s) const {
+    const BiasTile at = place();
     const int lane = ptx::thread_index() % 32;
     const DenseBias bias(problem, job, nullptr);
     const int row = at.row + lane / 4, col = at.col + lane % 4 * 2;
@@ -156,7 +199,8 @@ struct TileBias<C, RelativeBias> {
     }
   }
 
-  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasTile& at, float alpha,
+  template <class Place>
+  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const Place& place, float alpha,
                                       float argument, Accumulator<1, 8>& s) {
 #pragma unroll
     for (int d = -1; d < 8; ++d)
@@ -167,9 +211,7 @@ struct TileBias<C, RelativeBias> {
           x[0] = fmaf(x[0], alpha, diagonals[d + 1].x);
           x[1] = fmaf(x[1], alpha, diagonals[d + 1].y);
         }
-    if (code == 0) return;
-    add_times(stage, tables, note, code, at.times, s);
-    if (code & WarpNote::kOneByOne) add_one_by_one<B::kTransposed>(problem, job, note, code, at, argument, s);
+    add_uncommon(problem, job, stage, tables, note, code, place, argument, s, [] {});
   }
 };
 

@@ -69,11 +69,10 @@ __device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typenam
   }
 }
 
-// The time term of a tile, but for the weight of its only or first bucket, unless it is searched for.
+// The same of a tile that may be looked up.
 template <class B>
-__device__ __forceinline__ void add_times(const BiasStage<B>& stage, const BiasTables<B>& tables, const WarpNote& note,
-                                          unsigned code, const int* times, Accumulator<1, 8>& s) {
-  add_steps(stage, note, code & WarpNote::kSteps, times, s);
+__device__ __forceinline__ void look_up(const BiasStage<B>& stage, const BiasTables<B>& tables, const WarpNote& note,
+                                        unsigned code, const int* times, Accumulator<1, 8>& s) {
   if (code & WarpNote::kOneOctave) {
     const Octave one = {static_cast<int>(code / WarpNote::kShift % 32), note.words().x};
     look_up<true>(stage, tables.cells(), one, code, times, s);

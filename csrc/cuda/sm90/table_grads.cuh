@@ -20,6 +20,7 @@
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/meet.h"
 #include "cuda/sm90/table_grads_load.h"
+#include "cuda/sm90/table_grads_position.h"
 #include "cuda/sm90/table_grads_time.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/bias.h"
@@ -203,10 +204,13 @@ struct TableComputer {
     }
     return total.x + total.y;
   }
-  __device__ __forceinline__ float sum_positions(const Tile& ds) const {
+  // The same where logical positions do not all differ; leaves zeros in ds where they do not.
+  __device__ __forceinline__ void sum_clamped(Tile& ds, Diagonals& sums) const {
     const TableJob& of = job();
-    if (arguments.position.sums)
-      position(of).template sum_elementwise<false>(ds, of.job.sequence.mask, origin(), position_target(of));
+    ClampedSums(of.job.sequence.mask, origin(), problem().relative.positions).sum(ds, position_target(of));
+    sum_diagonals(ds, sums);
+  }
+  __device__ __forceinline__ float sum_of(const Tile& ds) const {
     float part[4] = {};  // one sum would wait for itself
     ds.each([&](float x, int row, int col) { part[row / 8 * 2 + col % 8] += x; });
     return (part[0] + part[1]) + (part[2] + part[3]);
@@ -301,8 +305,9 @@ struct TableComputer {
     }
     if (!step.covered(group)) mask_rows(keep, ds);
     if (problem().scale.per_row) scale_rows(ds);
-    const float total = note.elementwise() ? sum_positions(ds) : sum_diagonals(ds, sums);
+    const float total = note.elementwise() ? sum_of(ds) : sum_diagonals(ds, sums);
     if (arguments.time.sums) sum_times(note, ds, kept, total);
+    if (note.elementwise() && arguments.position.sums) sum_clamped(ds, sums);
   }
 
   // The sums of a walk to the table. An element (i, k) of block diagonal d is in lane (i, k / 2) and lies 8 d + k - i

@@ -98,6 +98,16 @@ struct Accumulator {
   __device__ __forceinline__ void each_from(int first, F&& f) const {
     const_cast<Accumulator*>(this)->template each_from<kCount>(first, f);
   }
+  // f(the lane's four elements, n) for the same.
+  template <int kCount, class F>
+  __device__ __forceinline__ void each_block_from(int first, F&& f) {
+    static_assert(kM == 1);
+#pragma unroll
+    for (int from = 0; from < kN; from += kCount)
+      if (from == first)
+#pragma unroll
+        for (int n = from; n < from + kCount; ++n) f(x[0][n], n);
+  }
   // Element `at` of [kM][kN][4] for an index not known at compile time: slow, but the accumulator stays in registers.
   __device__ __forceinline__ float pick(int at) const {
     float y = 0.f;
