@@ -57,9 +57,11 @@ def _jagged(dim: int, heads: int, dtype: torch.dtype) -> list[Entry]:
     entries = []
     for targets in (0, 20):
         plain = jagged(1024, 256, dim, heads=heads, targets=targets)
-        biased = jagged(1024, 256, dim, heads=heads, targets=targets, bias="relative")
-        problem = Problem(biased, dtype, (("no bias", label(plain, dtype)),))
-        entries += [Entry(x, ("fwd", "bwd"), compare=False) for x in (Problem(plain, dtype), problem)]
+        problems = [Problem(plain, dtype)]
+        for kind in ("relative", "sqrt"):
+            biased = jagged(1024, 256, dim, heads=heads, targets=targets, bias=kind)
+            problems.append(Problem(biased, dtype, (("no bias", label(plain, dtype)),)))
+        entries += [Entry(x, ("fwd", "bwd"), compare=False) for x in problems]
     return entries
 
 

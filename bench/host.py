@@ -1,7 +1,8 @@
 """Host time of a call: what the CPU spends on one before it can prepare the next. On a GPU that is all that a short
 kernel costs; the queue is never full here, so that no call waits for the device.
 
-Forward without and with gradients, with a window, with relative bias; backward as one node of a larger backward().
+Forward without and with gradients, with a window, with relative bias; backward as one node of a larger backward(),
+beside the op without autograd and a node that does nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from hstu_ops import hstu_attention
 
-COLUMNS = {"call": "<34", "us": ">8.2f", "+-%": ">6.1f", "min us": ">8.2f"}
+COLUMNS = {"call": "<38", "us": ">8.2f", "+-%": ">6.1f", "min us": ">8.2f"}
 NODES = 40  # calls in one backward()
 
 
@@ -29,6 +30,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--length", type=int, help="N (default 128 on CUDA, 1 on CPU)")
     p.add_argument("--batch", type=int, help="sequences (default 16 on CUDA, 1 on CPU)")
     return p.parse_args(argv)
+
+
+class _Nothing(torch.autograd.Function):
+    """What a node of Python costs by itself: three tensors saved, three gradients returned."""
+
+    @staticmethod
+    def forward(ctx, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].detach()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ctx.saved_tensors
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,25 @@ def cases(shape: problems.Case, bench: common.Bench) -> list[Case]:
     leaves = [[torch.randn_like(y, requires_grad=True) for y in (x.q, x.k, x.v)] for _ in range(NODES)]
     outs = [hstu_attention(*y, x.seq_offsets, x.max_seq_len) for y in leaves]
     grads = [torch.randn_like(y) for y in outs]
+    nothings = [_Nothing.apply(*y) for y in leaves]
+    backward_op = torch.ops.hstu_ops.attention_plain_bwd.default
+    arguments = (grads[0], x.q, x.k, x.v, x.seq_offsets, x.max_seq_len, None, False, False)
     everything = [y for one in leaves for y in one]
 
     def forward(**options) -> Callable[[], object]:
         return lambda: hstu_attention(x.q, x.k, x.v, x.seq_offsets, x.max_seq_len, **options)
+
+    def backward(nodes: list[torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(nodes, everything, grads, retain_graph=True)
 
     found = [
         Case("forward", forward()),
         Case("forward, window", forward(max_attn_len=32)),
         Case("forward, position and time bias", lambda: biased.call(hstu_attention)),
         Case("forward, recorded", forward(), grad=True),
-        Case("backward", lambda: torch.autograd.grad(outs, everything, grads, retain_graph=True), NODES, grad=True),
+        Case("backward", backward(outs), NODES, grad=True),
+        Case("backward, the op alone", lambda: backward_op(*arguments)),
+        Case("backward of a node that does nothing", backward(nothings), NODES, grad=True),
     ]
     if bench.device == "cuda":
         offsets, longest = x.seq_offsets.int(), x.max_seq_len

@@ -185,17 +185,25 @@ def bias() -> str:
         ours = rate(lines, f"{case} {kind}", direction)
         return cell(ours, ratio(ours, rate(lines, case, direction)))
 
-    kinds = (("position and 128 time buckets", "relative"), ("position and 2048 time buckets", "sqrt"))
+    kinds = (
+        ("position and 128 time buckets", "relative"),
+        ("position and 2048 time buckets", "sqrt"),
+        ("dense [1, H, N, N]", "dense"),
+    )
+    shapes = {
+        "N 1024, B 128": "N1024 B128",
+        "N 4096, B 32": "N4096 B32",
+        "N 8192, B 16": "N8192 B16",
+        "0.1 to 1 of N 1024, B 256": "jagged N1024 B256",
+        "20 targets each": "jagged N1024 B256 t20",
+    }
     body = [
-        [f"{way}, D {dim}, {name}", *(beside(f"{x} D{dim}", kind, direction) for x in SHAPES)]
+        [f"{way}, D {dim}, {name}", *(beside(f"{x} D{dim}", kind, direction) for x in shapes.values())]
         for name, kind in kinds
         for dim in (64, 128)
         for way, direction in WAYS
     ]
-    return table(["relative bias, TFLOP/s (beside none)", "N 1024, B 128", "N 4096, B 32", "N 8192, B 16"], body)
-
-
-SHAPES = ("N1024 B128", "N4096 B32", "N8192 B16")
+    return table(["bias, TFLOP/s (beside none)", *shapes], body)
 
 
 def layer() -> str:

@@ -300,6 +300,8 @@ CORNER = [
     Case("dim-25", (40, 70), dim_qk=25, dim_v=25),
     Case("dim-50", (40, 70), dim_qk=50, dim_v=50, bias="position+time"),
     Case("dim-256", (40, 70), dim_qk=256, dim_v=256),
+    Case("dim-128-dense", (40, 170), dim_qk=128, dim_v=100, bias="dense", scale="row", num_targets=(3, 10)),
+    Case("dim-256-dense", (40, 170), dim_qk=256, dim_v=256, bias="dense/head", contextual_seq_len=3),
     Case("dim-7-by-13", (40, 70), dim_qk=7, dim_v=13, strided=True),
     Case("one-head", (40, 70), heads=1, strided=True),
     Case("position-table-of-1", (40, 70), bias="position/head", positions=1),
@@ -371,6 +373,7 @@ CROWDED = [
     Case("wide", _CROWD, heads=4, dim_qk=128, dim_v=128, bias="position+time"),
     Case("many", _CROWD, heads=4, dim_qk=64, bias="position+time/sqrt", contextual_seq_len=5),
     Case("wide-many", _CROWD, heads=3, dim_qk=72, dim_v=128, bias="time/sqrt", causal=False),
+    Case("dense", _CROWD, dim_qk=64, dim_v=48, bias="dense", num_targets=tuple(min(n, n % 9) for n in _CROWD)),
 ]
 
 

@@ -37,6 +37,8 @@ template <class T, int kDim>
 Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
+template <class T, int kDim>
+Status attention_bwd_dense(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream);
 }  // namespace sm90
 #endif
 
@@ -167,8 +169,8 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
   std::string refusal = sm90_refusal(a, processors);
   constexpr int kMostDims = 128;
-  if (refusal.empty() && has_bias(a) && (params.deterministic || a.dense.data || head_dim(a) > kMostDims))
-    refusal = "of a bias, it takes relative ones, with up to 128 dimensions, in no fixed order";
+  if (refusal.empty() && has_relative_bias(a) && (params.deterministic || head_dim(a) > kMostDims))
+    refusal = "with a relative bias, it takes up to 128 dimensions, in no fixed order";
   constexpr int64_t kMostTableRows = 1 << 24;  // steps along a diagonal have 19 bits
   if (refusal.empty() && (params.grad_position_weight || params.grad_time_weight) && a.jagged.total_q > kMostTableRows)
     refusal = "with gradients of bias tables, it takes up to 2^24 rows of queries";
@@ -248,6 +250,7 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* st
   if (backend != Backend::kSm80 && refusal.empty())
     return dispatch_sm90(params.problem, [&](auto element, auto dim) {
       using T = decltype(element);
+      if (params.problem.dense.data) return sm90::attention_bwd_dense<T, dim>(params, workspace, processors, on);
       if constexpr (dim <= 128)
         if (has_bias(params.problem)) return sm90::attention_bwd_relative<T, dim>(params, workspace, processors, on);
       return sm90::attention_bwd<T, dim>(params, workspace, processors, on);

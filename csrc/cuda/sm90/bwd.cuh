@@ -14,7 +14,8 @@
 //
 // The first warpgroup finds, loads and adds, one warp or two each; with relative bias one warp adds and another notes
 // what the computing ones will find (bwd_bias_prepare.h). At D 64 three warpgroups compute, and a tile's dQ is
-// the whole of one's work, by turns. Barriers: see bwd_storage.h.
+// the whole of one's work, by turns. Dense bias is read from global memory into the registers of the scores; its
+// gradient has a kernel of its own (dense_grads.cuh). Barriers: see bwd_storage.h.
 #pragma once
 
 #include <cmath>
@@ -39,8 +40,8 @@ template <class C, class T>
 struct BwdComputer : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
-      Base::factor, Base::group, Base::keep_bits, Base::multiply_scores, Base::release, Base::score, Base::shared,
-      Base::store, Base::sync, Base::thread, Base::warp_key;
+      Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores, Base::release, Base::score,
+      Base::shared, Base::start_from_dense, Base::store, Base::sync, Base::thread, Base::warp_key;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -138,6 +139,7 @@ struct BwdComputer : BwdGroup<C, T> {
                       [this] { await_scores(); });
       ptx::wgmma_settle(s);
     }
+    if constexpr (C::kDense) start_from_dense(job, tile, s);
   }
 
   __device__ __forceinline__ void begin_grads(Scores& d) const {
@@ -154,7 +156,7 @@ struct BwdComputer : BwdGroup<C, T> {
     Bits bits;
     {
       Scores s, d;
-      constexpr bool kGradsFirst = C::kBias && !C::kTurns;  // the bias beside dP'; by turns it would spill 4 bytes
+      constexpr bool kGradsFirst = kStarts && !C::kTurns;  // the bias beside dP'; by turns it would spill 4 bytes
       if (!kGradsFirst) start_scores(job, tile, s);
       if (!tile.covered(group)) bits = keep_bits(job, tile);
       ptx::wgmma_fence();
@@ -163,8 +165,8 @@ struct BwdComputer : BwdGroup<C, T> {
         start_scores(job, tile, s);
         ptx::wgmma_fence();
       }
-      multiply_scores<C::kBias>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
-                                shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
+      multiply_scores<kStarts>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
+                               shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
       if (!kGradsFirst) begin_grads(d);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(s);
@@ -337,9 +339,7 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                           cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   static_assert(Score<T>::kArgument == Score<T>::kSlope, "one factor for both");
-  // Scores begin from the bias over alpha; beside a bias 2^-60 of a product is nothing.
-  double alpha = a.alpha;
-  if (C::kBias && std::abs(alpha) < 0x1p-60) alpha = 0x1p-60;
+  const ScoreFactors factors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense);
   BwdArguments arguments{{},
                          {},
                          {},
@@ -350,8 +350,8 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          scratch.sums,
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
                          static_cast<float>(a.scale.value),
-                         static_cast<float>(alpha) * Score<T>::kArgument,
-                         static_cast<float>(1 / alpha)};
+                         factors.score,
+                         factors.bias};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
@@ -360,8 +360,8 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kKeys); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kKeys); !s.ok()) return s;
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
-  return launch<false>(attention_bwd_kernel<C, T>, arguments, items < processors ? items : processors, C::kThreads,
-                       C::kSharedBytes, stream);
+  return launch<attention_bwd_kernel<C, T>, false>(arguments, items < processors ? items : processors, C::kThreads,
+                                                   C::kSharedBytes, stream);
 }
 
 template <class C, class T>
@@ -374,15 +374,34 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
                          stream);
 }
 
-template <class T, int kDim>
-Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
-  const BwdScratch scratch(params, kDim, memory);
+template <class T, int kDim, class Bias>
+Status attention_bwd(const AttentionBwdParams& params, const BwdScratch& scratch, int processors, cudaStream_t stream) {
   if constexpr (bwd_sums_queries(kDim, false)) {
     if (bwd_sums_queries(kDim, params.deterministic))
-      return attention_bwd_sums<BwdConfig<kDim, true>, T>(params, scratch, processors, stream);
+      return attention_bwd_sums<BwdConfigOf<kDim, true, Bias>, T>(params, scratch, processors, stream);
   }
-  if (Status s = attention_bwd_keys<BwdConfig<kDim, false>, T>(params, scratch, processors, stream); !s.ok()) return s;
-  return attention_bwd_queries<T, kDim>(params, scratch.query_tickets, processors, stream);
+  using Keys = BwdConfigOf<kDim, false, Bias>;
+  if (Status s = attention_bwd_keys<Keys, T>(params, scratch, processors, stream); !s.ok()) return s;
+  return attention_bwd_queries<T, kDim, Bias>(params, scratch.query_tickets, processors, stream);
+}
+
+template <class T, int kDim>
+Status attention_bwd(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
+  return attention_bwd<T, kDim, NoBias>(params, BwdScratch(params, kDim, memory), processors, stream);
+}
+
+// See dense_grads.cuh.
+template <class T, int kDim>
+Status attention_dense_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream);
+
+template <class T, int kDim>
+Status attention_bwd_dense(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
+  const BwdScratch scratch(params, kDim, memory);
+  if (params.grad_bias) {
+    const Status s = attention_dense_grads<T, kDim>(params, scratch.table_tickets, processors, stream);
+    if (!s.ok()) return s;
+  }
+  return attention_bwd<T, kDim, DenseBias>(params, scratch, processors, stream);
 }
 
 // See table_grads.cuh.

@@ -1,12 +1,41 @@
-// How a computing warp of the Hopper backward adds relative bias: its scores, 16 keys by 64 queries, begin from the
-// bias over alpha, to which the product is added. Before it registers are free; behind it there would be none.
+// How a computing warp of the Hopper backward adds a bias: its scores, 16 keys by 64 queries (of the kernel for dQ the
+// reverse), begin from the bias over alpha, to which the product is added. Before it registers are free; behind it
+// there would be none.
 #pragma once
+
+#include <cmath>
 
 #include "cuda/sm90/fwd_bias_add.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-// `factor`: what weights are multiplied with. place() and ready(): see add_uncommon().
+// What scores and a bias that they begin from are multiplied with. Beside a bias 2^-60 of a product is nothing.
+struct ScoreFactors {
+  float score, bias;
+
+  ScoreFactors(double alpha, float argument, bool biased) {
+    if (biased && std::abs(alpha) < 0x1p-60) alpha = 0x1p-60;
+    score = static_cast<float>(alpha) * argument, bias = static_cast<float>(1 / alpha);
+  }
+};
+
+// Dense bias, from global memory into the registers of the scores. row, col: of the warp's tile; queries and keys or,
+// if kTransposed, the reverse.
+template <bool kTransposed>
+__device__ __forceinline__ void start_from_dense(const DenseBias& bias, int row, int col, float factor,
+                                                 Accumulator<1, 8>& s) {
+  const int lane = ptx::thread_index() % 32;
+  row += lane / 4, col += lane % 4 * 2;
+  const int64_t down = kTransposed ? 1 : bias.row_stride, right = kTransposed ? bias.row_stride : 1;
+  const float* corner = bias.data + row * down + col * right;
+  s.each([&](float& x, int i, int j) {
+    const bool inside = row + i >= 0 && row + i < bias.size && col + j >= 0 && col + j < bias.size;
+    x = inside ? ptx::ld_global(corner + i * down + j * right) : 0.f;
+  });
+  s.each([=](float& x, int, int) { x *= factor; });
+}
+
+// Relative bias. `factor`: what weights are multiplied with. place() and ready(): see add_uncommon().
 template <class B, class Place, class Ready>
 __device__ __forceinline__ void start_from_bias(const AttentionProblem& problem, const Job& job,
                                                 const BiasStage<B>& stage, const BiasTables<B>& tables,

@@ -35,8 +35,8 @@ struct BwdShape {
                                       kSlopeStages * kSlopeBytes + kSumStages * kSumBytes + 1024;
   static constexpr int kClaimTiles = kTurns ? 2 : 1;  // left of an item when the next one is claimed
   // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
-  // Of a relative bias: see BwdBiasShape.
-  static constexpr bool kBias = false;
+  // Of a relative bias: see BwdBiasShape. Dense bias: see BwdDenseShape.
+  static constexpr bool kBias = false, kDense = false;
   using Relative = BiasShape<kKeys, true, 1, 1>;
   using Notes = NoteQueue<Relative, 1, 1>;
   static constexpr int kBiasStages = 1, kBiasStageBytes = 0;
@@ -73,6 +73,16 @@ struct BwdBiasShape : Shape {
   static_assert(kSharedBytes + 2048 + 2 * kTimeRows * 5 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(Shape::kQueries == Relative::kCols);
 };
+
+// With dense bias, which is read where it is used.
+template <class Shape>
+struct BwdDenseShape : Shape {
+  static constexpr bool kDense = true;
+};
+template <int kDim, bool kQuerySums, class Bias>
+using BwdConfigOf = std::conditional_t<std::is_same_v<Bias, DenseBias>, BwdDenseShape<BwdConfig<kDim, kQuerySums>>,
+                                       BwdConfig<kDim, kQuerySums>>;
+
 template <int kDim>
 struct BwdBiasConfig;
 template <>

@@ -4,6 +4,7 @@
 
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/bwd_bias.h"
 #include "cuda/sm90/bwd_load.h"
 #include "cuda/sm90/bwd_store.h"
 #include "cuda/tile/fragment.h"
@@ -21,6 +22,8 @@ struct BwdGroup {
   struct Bits {
     unsigned words[C::kQueries / 64];  // of a part: bit 8 e + 7 - n says whether a lane's value [n][e] is kept
   };
+
+  static constexpr bool kStarts = C::kBias || C::kDense;  // scores begin from a bias
 
   const BwdArguments& arguments;
   const BwdStorage<C, T>& shared;
@@ -71,6 +74,16 @@ struct BwdGroup {
 #pragma unroll
     for (int step = 0; step < C::kQueries / 16; ++step)
       ptx::Wgmma<C::kDim, T>::multiply_fragment(sums, scores[step], b.at(step * 2048));
+  }
+
+  __device__ __forceinline__ void start_from_dense(const Job& job, BwdTile tile, Scores& s) const {
+    const DenseBias bias(arguments.params.problem, job, nullptr);
+    const int key = job.item.block * C::kKeys + warp_key(), query = job.sequence.first_row + tile.tile() * C::kQueries;
+#pragma unroll
+    for (int i = 0; i < C::kQueries / 64; ++i)
+      sm90::start_from_dense<true>(bias, key, query + i * 64, arguments.bias_factor,
+                                   reinterpret_cast<Part&>(s[i * 32]));
+    ptx::wgmma_settle(s);
   }
 
   // The tile that has arrived next, without rows of other sequences.

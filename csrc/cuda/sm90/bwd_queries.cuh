@@ -22,6 +22,7 @@
 #include "cuda/ptx/named_barrier.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/bwd_bias.h"
 #include "cuda/sm90/bwd_queries_config.h"
 #include "cuda/sm90/bwd_store.h"
 #include "cuda/sm90/fwd_items.h"
@@ -40,6 +41,7 @@ struct BwdQueriesArguments {
   AttentionBwdParams params;
   Schedule schedule;
   Tickets tickets;
+  ScoreFactors factors;
 };
 
 constexpr int kBwdQueriesItems = 3;  // the item in work and the next two
@@ -167,8 +169,9 @@ struct BwdQueriesLoader {
 
 // ---- a computing warpgroup ----
 
-template <class C, class T>
+template <class C, class T, class Bias>
 struct BwdQueriesComputer {
+  static constexpr bool kStarts = std::is_same_v<Bias, DenseBias>;  // scores begin from the bias
   using Scores = float[C::kCols / 2];
   using Sums = float[C::kDim / 2];
   using Operand = uint32_t[C::kCols / 16][4];
@@ -189,17 +192,25 @@ struct BwdQueriesComputer {
   __device__ void release_keys(Count at) const { release(shared.state.key.empty[at.stage<C::kKeyStages>()]); }
 
   // S = Q K^T or dP = dO V^T, begun.
+  template <bool kAdd = false>
   __device__ __forceinline__ void multiply_rows(Scores& s, uint32_t rows, uint32_t cols) const {
     const ptx::Descriptor a(rows + group * 64 * 128), b(cols);
 #pragma unroll
     for (int i = 0; i < C::kDim / 16; ++i)
       ptx::Wgmma<C::kCols, T>::multiply_rows(s, a.at(i / 4 * C::kRows * 128 + i % 4 * 32),
-                                             b.at(i / 4 * C::kCols * 128 + i % 4 * 32), i > 0);
+                                             b.at(i / 4 * C::kCols * 128 + i % 4 * 32), kAdd || i > 0);
   }
-  __device__ __forceinline__ void multiply_queries(Scores& s) const {
+  __device__ __forceinline__ void multiply_queries(const FwdItem<C>& item, int tile, Scores& s) const {
+    if constexpr (kStarts) {
+      const Job& job = item.job;
+      start_from_dense<false>(DenseBias(arguments.params.problem, job, nullptr),
+                              job.sequence.first_row + item.first + warp_row(), tile * C::kCols, arguments.factors.bias,
+                              reinterpret_cast<Tile&>(s));
+      ptx::wgmma_settle(s);
+    }
     shared.state.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
     ptx::wgmma_fence();
-    multiply_rows(s, shared.queries, shared.key(tiles));
+    multiply_rows<kStarts>(s, shared.queries, shared.key(tiles));
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void multiply_grads(Scores& d) const {
@@ -241,7 +252,7 @@ struct BwdQueriesComputer {
   // dS in dP's place; scale and half of alpha come in the end.
   __device__ __forceinline__ void differentiate(Scores& s, Scores& d, bool covered, uint64_t keep) const {
     Tile &u = reinterpret_cast<Tile&>(s), &g = reinterpret_cast<Tile&>(d);
-    u.each([this](float& x, int, int) { x *= alpha * Score<T>::kArgument; });
+    u.each([this](float& x, int, int) { x *= arguments.factors.score; });
     Score<T>::differentiate(u, g);
     if (!covered) mask_rows(keep, g);
   }
@@ -282,7 +293,7 @@ struct BwdQueriesComputer {
     Operand ds;
     bool covered = groups.covers(tile);
     uint64_t keep = covered ? 0 : keep_bits(item, tile);
-    multiply_queries(s);
+    multiply_queries(item, tile, s);
 #pragma unroll 1
     for (;; ++tile) {
       Scores d;
@@ -293,7 +304,7 @@ struct BwdQueriesComputer {
       covered = groups.covers(tile + 1);
       keep = covered ? 0 : keep_bits(item, tile + 1);
       tiles.next();
-      multiply_queries(s);
+      multiply_queries(item, tile + 1, s);
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(ds);
       ptx::wgmma_settle(dq);
@@ -358,7 +369,7 @@ struct BwdQueriesComputer {
 
 // ---- kernel and launch ----
 
-template <class C, class T>
+template <class C, class T, class Bias>
 __global__ void __launch_bounds__(C::kThreads, 1)
     attention_bwd_queries_kernel(const __grid_constant__ BwdQueriesArguments arguments) {
   extern __shared__ unsigned char memory[];
@@ -379,17 +390,24 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
-    BwdQueriesComputer<C, T>{arguments, shared}.run();
+    BwdQueriesComputer<C, T, Bias>{arguments, shared}.run();
   }
 }
 
-// `tickets`: see tickets.h.
-template <class T, int kDim>
+// `tickets`: see tickets.h. Bias: NoBias or DenseBias.
+template <class T, int kDim, class Bias>
 Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
   using C = BwdQueriesConfig<kDim>;
   const AttentionProblem& a = params.problem;
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
-  BwdQueriesArguments arguments{{}, {}, {}, {}, params, query_schedule(a), Tickets(tickets)};
+  BwdQueriesArguments arguments{{},
+                                {},
+                                {},
+                                {},
+                                params,
+                                query_schedule(a),
+                                Tickets(tickets),
+                                ScoreFactors(a.alpha, Score<T>::kArgument, std::is_same_v<Bias, DenseBias>)};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
@@ -397,8 +415,8 @@ Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, in
   if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v, C::kRows); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
-  return launch<true>(attention_bwd_queries_kernel<C, T>, arguments, items < processors ? items : processors,
-                      C::kThreads, C::kSharedBytes, stream);
+  return launch<attention_bwd_queries_kernel<C, T, Bias>, true>(arguments, items < processors ? items : processors,
+                                                                C::kThreads, C::kSharedBytes, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

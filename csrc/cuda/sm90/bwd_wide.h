@@ -16,8 +16,8 @@ template <class C, class T, bool kHasValues>
 struct BwdHalf : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
-      Base::factor, Base::group, Base::keep_bits, Base::multiply_scores, Base::release, Base::score, Base::shared,
-      Base::store, Base::sync, Base::thread;
+      Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores, Base::release, Base::score,
+      Base::shared, Base::start_from_dense, Base::store, Base::sync, Base::thread;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -53,11 +53,12 @@ struct BwdHalf : BwdGroup<C, T> {
   }
 
   // The first product of a tile, begun: S' or dP'.
-  __device__ __forceinline__ void begin_tile(Scores& s) const {
+  __device__ __forceinline__ void begin_tile(const Job& job, BwdTile tile, Scores& s) const {
+    if constexpr (kHasValues && C::kDense) start_from_dense(job, tile, s);
     ptx::wgmma_fence();
     if (kHasValues) {
-      multiply_scores(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
-                      shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
+      multiply_scores<kStarts>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
+                               shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
     } else {
       multiply_scores(s, shared.value_panel(items.stage<C::kValueStages>(), 0).base,
                       shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
@@ -89,7 +90,7 @@ struct BwdHalf : BwdGroup<C, T> {
   __device__ __forceinline__ void compute(const Job& job, Sums& sums) {
     BwdTile tile = await_tile(job, tiles);
     Scores s;
-    begin_tile(s);
+    begin_tile(job, tile, s);
 #pragma unroll 1
     for (;;) {
       Bits bits;
@@ -103,7 +104,7 @@ struct BwdHalf : BwdGroup<C, T> {
       tiles.next();
       if (tile.last()) break;
       tile = await_tile(job, tiles);
-      begin_tile(s);
+      begin_tile(job, tile, s);
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(sums);
       release(kHasValues ? barrier().grad.empty[now.stage<C::kGradStages>()]

@@ -408,12 +408,13 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
 }
 
 template <class T, class C, bool kFolded>
-Status launch(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
-  using Launch = FwdLaunch<C, attention_fwd_kernel<C, T, kFolded>>;
+Status launch_kernel(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   int device = 0;
   HSTU_TRY(cudaGetDevice(&device));
-  if (Status s = Launch::allow(device); !s.ok()) return s;
+  constexpr auto kKernel = attention_fwd_kernel<C, T, kFolded>;
+  using Launch = FwdLaunch<C, kKernel>;
+  if (Status s = allow_shared_memory<kKernel>(device, C::kSharedBytes); !s.ok()) return s;
   const int parts = Launch::key_parts(a, device, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
   const bool shared_out = workspace && parts == 1 && items > processors;
@@ -431,7 +432,7 @@ Status launch(const AttentionFwdParams& params, void* workspace, int processors,
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
   Launch launch(static_cast<unsigned>(shared_out ? processors : items * parts), parts, stream);
-  HSTU_TRY(cudaLaunchKernelEx(&launch.config, attention_fwd_kernel<C, T, kFolded>, arguments));
+  HSTU_TRY(cudaLaunchKernelEx(&launch.config, kKernel, arguments));
   return {};
 }
 
@@ -441,9 +442,9 @@ Status launch_problem(const AttentionFwdParams& params, void* workspace, int pro
   if constexpr (C::kQueryRegisters && std::is_same_v<T, __nv_bfloat16> && std::is_same_v<typename C::Bias, NoBias>) {
     int exponent;
     if (std::frexp(params.problem.alpha, &exponent) == 0.5 && exponent > -32 && exponent < 32)
-      return launch<T, C, true>(params, workspace, processors, stream);
+      return launch_kernel<T, C, true>(params, workspace, processors, stream);
   }
-  return launch<T, C, false>(params, workspace, processors, stream);
+  return launch_kernel<T, C, false>(params, workspace, processors, stream);
 }
 
 template <class T, int kDim>

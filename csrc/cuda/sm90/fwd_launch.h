@@ -1,4 +1,4 @@
-// How a kernel of the Hopper forward is launched: its shared memory, and clusters where keys are split.
+// How a kernel of the Hopper forward is launched: clusters where keys are split.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,7 @@
 
 #include "core/params.h"
 #include "cuda/errors.h"
+#include "cuda/sm90/launch.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -20,15 +21,6 @@ struct FwdLaunch {
     attribute.val.clusterDim = {cluster, 1, 1};
     config.gridDim = blocks, config.blockDim = C::kThreads, config.dynamicSmemBytes = C::kSharedBytes;
     config.stream = stream, config.attrs = &attribute, config.numAttrs = cluster > 1;
-  }
-
-  // Once for each device, before all else: the kernel may have its shared memory.
-  static Status allow(int device) {
-    static std::atomic<uint64_t> allowed{0};
-    if (device < 64 && (allowed >> device & 1)) return {};
-    HSTU_TRY(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-    if (device < 64) allowed |= uint64_t{1} << device;
-    return {};
   }
 
   // Clusters of `size` blocks that run at a time: fewer than the processors allow, as a cluster stays in a part of

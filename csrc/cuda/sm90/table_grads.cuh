@@ -463,8 +463,8 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, void* 
     widen_groups(arguments.schedule, a, 2 * kTableTile * heads, processors);
   const int64_t items =
       most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, arguments.schedule.heads);
-  return launch<true>(attention_table_grads_kernel<C, T, kLines>, arguments, items < processors ? items : processors,
-                      C::kThreads, C::kSharedBytes, stream);
+  return launch<attention_table_grads_kernel<C, T, kLines>, true>(arguments, items < processors ? items : processors,
+                                                                  C::kThreads, C::kSharedBytes, stream);
 }
 
 // Heads whose dS are added up, at most `most`: those of a problem in equal parts, as long as they share the tables and

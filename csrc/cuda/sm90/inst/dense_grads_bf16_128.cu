@@ -1,0 +1,5 @@
+#include "cuda/sm90/dense_grads.cuh"
+
+namespace hstu_ops::cuda::sm90 {
+template Status attention_dense_grads<__nv_bfloat16, 128>(const AttentionBwdParams&, void*, int, cudaStream_t);
+}  // namespace hstu_ops::cuda::sm90
