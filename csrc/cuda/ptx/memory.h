@@ -134,6 +134,24 @@ __device__ __forceinline__ float ld_global(const float* p) {
   return x;
 }
 
+// The same of those that are there, without a branch; 0 of others. A pair is on 8 bytes.
+__device__ __forceinline__ float ld_global_if(bool there, const float* p) {
+  float x;
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\tmov.b32 %0, 0;\n\t@p ld.global.nc.f32 %0, [%1];\n\t}"
+               : "=&f"(x)
+               : "l"(p), "r"(static_cast<int>(there)));
+  return x;
+}
+__device__ __forceinline__ float2 ld_global_pair_if(bool there, const float* p) {
+  float2 x;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %3, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\t"
+      "@p ld.global.nc.v2.f32 {%0,%1}, [%2];\n\t}"
+      : "=&f"(x.x), "=&f"(x.y)
+      : "l"(p), "r"(static_cast<int>(there)));
+  return x;
+}
+
 // p[i] += the i-th argument.
 __device__ __forceinline__ void red_add_v2(float* p, float x, float y) {
   asm volatile("red.global.add.f32 [%0], %1;\n\tred.global.add.f32 [%0 + 4], %2;" ::"l"(p), "f"(x), "f"(y) : "memory");

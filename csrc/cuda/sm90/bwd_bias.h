@@ -30,7 +30,7 @@ __device__ __forceinline__ void start_from_dense(const DenseBias& bias, int row,
   const float* corner = bias.data + row * down + col * right;
   s.each([&](float& x, int i, int j) {
     const bool inside = row + i >= 0 && row + i < bias.size && col + j >= 0 && col + j < bias.size;
-    x = inside ? ptx::ld_global(corner + i * down + j * right) : 0.f;
+    x = ptx::ld_global_if(inside, corner + i * down + j * right);
   });
   s.each([=](float& x, int, int) { x *= factor; });
 }

@@ -242,7 +242,7 @@ struct DenseGradsComputer {
     const float* corner = from.data + i * from.row_stride + j;
     bias.each([&](float& x, int row, int col) {
       const bool inside = i + row < from.size && j + col < from.size;
-      x = inside ? Score<T>::kArgument * ptx::ld_global(corner + row * from.row_stride + col) : 0.f;
+      x = Score<T>::kArgument * ptx::ld_global_if(inside, corner + row * from.row_stride + col);
     });
   }
 

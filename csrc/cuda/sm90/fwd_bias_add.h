@@ -147,8 +147,24 @@ struct TileBias<C, DenseBias> {
   __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const Place& place, float alpha,
                                       float argument, Accumulator<1, 8>& s) const {
     const BiasTile at = place();
-    const int lane = ptx::thread_index() % 32;
     const DenseBias bias(problem, job, nullptr);
+    if (has_pairs(bias)) {
+      add<true>(bias, at, alpha, argument, s);
+    } else {
+      add<false>(bias, at, alpha, argument, s);
+    }
+  }
+
+ private:
+  // Are columns 2 i and 2 i + 1 of a row on 8 bytes, and inside both or neither?
+  __device__ static bool has_pairs(const DenseBias& b) {
+    return b.size % 2 == 0 && b.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(b.data) % 8 == 0;
+  }
+  // kPairs: two columns a load, which are there or not.
+  template <bool kPairs>
+  __device__ __forceinline__ void add(const DenseBias& bias, const BiasTile& at, float alpha, float argument,
+                                      Accumulator<1, 8>& s) const {
+    const int lane = ptx::thread_index() % 32;
     const int row = at.row + lane / 4, col = at.col + lane % 4 * 2;
     const float* low = bias.data + row * bias.row_stride + col;
     const float* high = low + 8 * bias.row_stride;
@@ -159,9 +175,16 @@ struct TileBias<C, DenseBias> {
     for (int first = 0; first < 32; first += kBatch) {
       float b[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kBatch; i += kPairs ? 2 : 1) {
         const int n = (first + i) / 4, e = (first + i) % 4, j = n * 8 + e % 2;
-        b[i] = inside[e / 2] && j < columns ? ptx::ld_global((e / 2 ? high : low) + j) : 0.f;
+        const bool there = inside[e / 2] && j < columns;
+        const float* from = (e / 2 ? high : low) + j;
+        if constexpr (kPairs) {
+          const float2 pair = ptx::ld_global_pair_if(there, from);
+          b[i] = pair.x, b[i + 1] = pair.y;
+        } else {
+          b[i] = ptx::ld_global_if(there, from);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
