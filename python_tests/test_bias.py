@@ -275,6 +275,24 @@ def test_frozen_tables(table, dim, wanted, dtype, device):
         check(case, dtype, device, change=change)
 
 
+@pytest.mark.parametrize("dim", (64, 128, 256))
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_least_number_as_a_mask(deterministic, dim, dtype, device):
+    """A dense bias of the most negative number takes an element away, as any large negative one does."""
+    torch.use_deterministic_algorithms(deterministic)
+
+    def run(least):
+        inputs = make(Case("mask", (150, 37), bias="dense", dim_qk=dim, dim_v=dim), dtype, device)
+        bias = inputs.options["bias"]
+        with torch.no_grad():
+            bias[..., ::3] = torch.finfo(bias.dtype).min if least else -1e4
+        return forward_backward(hstu_attention, inputs, torch.ones_like(inputs.v))
+
+    got, want = run(True), run(False)
+    for name in want:
+        assert want[name].isfinite().all() and torch.equal(got[name], want[name]), name
+
+
 def test_extreme_times(device):
     """Gaps of any size and sign choose the end buckets; reading outside the table is impossible."""
     times = torch.tensor([0, 2**62, -(2**62), 5, 2**40], device=device)

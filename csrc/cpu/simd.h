@@ -129,7 +129,8 @@ HSTU_INLINE Vec<C> exp(Vec<C> x) {
 
 template <class C>
 HSTU_INLINE Vec<C> sigmoid(Vec<C> x) {
-  return 1 / (1 + exp<C>(-x));
+  const Vec<C> s = 1 / (1 + exp<C>(-x));
+  return x < -Simd<C>::kMaxExp ? broadcast<C>(0) : s;  // times the lowest number, too, it is 0
 }
 
 }  // namespace

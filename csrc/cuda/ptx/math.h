@@ -1,4 +1,4 @@
-// The hardware's approximate functions of one instruction, and bytes of a word.
+// Functions of one instruction: the hardware's approximations, and bytes of a word.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,13 @@ __device__ __forceinline__ float rcp_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
 }
 
 // Bits [begin, begin + count) of a word; what lies past it is left out.

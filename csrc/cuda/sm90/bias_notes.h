@@ -24,10 +24,10 @@ struct TimeEnds {
 // Bits for 16 rows from `row` on and a tile's columns from `col` on whose position term is not one weight a diagonal;
 // first_row: of the block's rows.
 template <class B>
-__device__ __forceinline__ unsigned elementwise_bits(const Mask& mask, int first_row, int row, int col) {
+__device__ __forceinline__ unsigned clamped_bits(const Mask& mask, int first_row, int row, int col) {
   using Window = typename BiasStage<B>::Window;
   const bool inside = Window::holds(mask, Window::distance(first_row, col), row, 16, col, B::kCols);
-  return WarpNote::kElementwise | (inside ? 0 : WarpNote::kBeyond);
+  return WarpNote::kClamped | (inside ? 0 : WarpNote::kBeyond);
 }
 
 template <class B>

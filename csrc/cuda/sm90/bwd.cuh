@@ -18,8 +18,6 @@
 // gradient has a kernel of its own (dense_grads.cuh). Barriers: see bwd_storage.h.
 #pragma once
 
-#include <cmath>
-
 #include "cuda/ptx/dependent.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/sm90/bwd_bias.h"
@@ -41,7 +39,7 @@ struct BwdComputer : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
       Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores, Base::release, Base::score,
-      Base::shared, Base::start_from_dense, Base::store, Base::sync, Base::thread, Base::warp_key;
+      Base::shared, Base::start_dense, Base::store, Base::sync, Base::thread, Base::warp_key;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -135,11 +133,11 @@ struct BwdComputer : BwdGroup<C, T> {
       };
       start_from_bias(arguments.params.problem, job,
                       BiasStage<typename C::Relative>(shared.bias_stage(tiles.stage<C::kBiasStages>())),
-                      shared.bias_tables(), at, arguments.bias_factor, reinterpret_cast<Accumulator<1, 8>&>(s),
+                      shared.bias_tables(), at, arguments.factors.bias, reinterpret_cast<Accumulator<1, 8>&>(s),
                       [this] { await_scores(); });
       ptx::wgmma_settle(s);
     }
-    if constexpr (C::kDense) start_from_dense(job, tile, s);
+    if constexpr (C::kDense) start_dense(job, tile, s);
   }
 
   __device__ __forceinline__ void begin_grads(Scores& d) const {
@@ -244,7 +242,7 @@ struct BwdComputer : BwdGroup<C, T> {
       for (int i = 0; i < C::kDim / 2; ++i) dk[i] = dv[i] = 0.f;
       await_keys(job, items);
       if constexpr (C::kBias)
-        shared.bias_tables().turn(arguments.params.problem.relative, job.item.head, arguments.bias_factor,
+        shared.bias_tables().turn(arguments.params.problem.relative, job.item.head, arguments.factors.bias,
                                   threadIdx.x - 128, 128 * C::kGroups, [] { meet(1 + C::kGroups, 128 * C::kGroups); });
       compute(job, dk, dv);
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
@@ -280,7 +278,7 @@ struct BwdComputer : BwdGroup<C, T> {
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
-  shared.bias_tables().make(arguments.params.problem.relative, arguments.bias_factor, threadIdx.x - 64, kThreads,
+  shared.bias_tables().make(arguments.params.problem.relative, arguments.factors.bias, threadIdx.x - 64, kThreads,
                             [] { meet(2 + C::kGroups, kThreads); });
 }
 
@@ -339,7 +337,6 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                           cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   static_assert(Score<T>::kArgument == Score<T>::kSlope, "one factor for both");
-  const ScoreFactors factors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense);
   BwdArguments arguments{{},
                          {},
                          {},
@@ -350,8 +347,7 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          scratch.sums,
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
                          static_cast<float>(a.scale.value),
-                         factors.score,
-                         factors.bias};
+                         ScoreFactors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense)};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };
@@ -398,7 +394,7 @@ template <class T, int kDim>
 Status attention_bwd_dense(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
   const BwdScratch scratch(params, kDim, memory);
   if (params.grad_bias) {
-    const Status s = attention_dense_grads<T, kDim>(params, scratch.table_tickets, processors, stream);
+    const Status s = attention_dense_grads<T, kDim>(params, scratch.bias_tickets, processors, stream);
     if (!s.ok()) return s;
   }
   return attention_bwd<T, kDim, DenseBias>(params, scratch, processors, stream);
@@ -417,7 +413,7 @@ Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, in
   const BwdScratch scratch(params, kDim, memory);
   if (Status s = attention_bwd_sums<BwdBiasConfig<kDim>, T>(params, scratch, processors, stream); !s.ok()) return s;
   if (!tables.position.sums && !tables.time.sums) return {};
-  return attention_table_grads<T, kDim>(params, scratch.table_tickets, processors, stream);
+  return attention_table_grads<T, kDim>(params, scratch.bias_tickets, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

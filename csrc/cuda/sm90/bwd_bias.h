@@ -1,28 +1,18 @@
-// How a computing warp of the Hopper backward adds a bias: its scores, 16 keys by 64 queries (of the kernel for dQ the
-// reverse), begin from the bias over alpha, to which the product is added. Before it registers are free; behind it
-// there would be none.
+// How a computing warp of the Hopper backward adds a bias: its scores, 16 keys by 64 queries, begin from the bias over
+// alpha, to which the product is added. Before it registers are free; behind it there would be none. (In the kernel for
+// dQ scores are 16 queries by 64 keys: kTransposed is false.)
 #pragma once
 
-#include <cmath>
-
+#include "cuda/ptx/math.h"
 #include "cuda/sm90/fwd_bias_add.h"
+#include "cuda/sm90/score_factors.h"
 
 namespace hstu_ops::cuda::sm90 {
-
-// What scores and a bias that they begin from are multiplied with. Beside a bias 2^-60 of a product is nothing.
-struct ScoreFactors {
-  float score, bias;
-
-  ScoreFactors(double alpha, float argument, bool biased) {
-    if (biased && std::abs(alpha) < 0x1p-60) alpha = 0x1p-60;
-    score = static_cast<float>(alpha) * argument, bias = static_cast<float>(1 / alpha);
-  }
-};
 
 // Dense bias, from global memory into the registers of the scores. row, col: of the warp's tile; queries and keys or,
 // if kTransposed, the reverse.
 template <bool kTransposed>
-__device__ __forceinline__ void start_from_dense(const DenseBias& bias, int row, int col, float factor,
+__device__ __forceinline__ void start_from_dense(const DenseBias& bias, int row, int col, const ScoreFactors& factors,
                                                  Accumulator<1, 8>& s) {
   const int lane = ptx::thread_index() % 32;
   row += lane / 4, col += lane % 4 * 2;
@@ -32,7 +22,7 @@ __device__ __forceinline__ void start_from_dense(const DenseBias& bias, int row,
     const bool inside = row + i >= 0 && row + i < bias.size && col + j >= 0 && col + j < bias.size;
     x = ptx::ld_global_if(inside, corner + i * down + j * right);
   });
-  s.each([=](float& x, int, int) { x *= factor; });
+  s.each([&](float& x, int, int) { x = ptx::max_or_nan(x, factors.least) * factors.bias; });
 }
 
 // Relative bias. `factor`: what weights are multiplied with. place() and ready(): see add_uncommon().

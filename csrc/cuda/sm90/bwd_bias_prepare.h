@@ -69,7 +69,7 @@ class BwdNoter {
   __device__ BwdNoter(const BwdArguments& arguments, const BwdStorage<C, T>& shared)
       : relative_(arguments.params.problem.relative),
         shared_(shared),
-        times_(relative_, shared.bias_tables(), arguments.bias_factor) {}
+        times_(relative_, shared.bias_tables(), arguments.factors.bias) {}
 
   __device__ __forceinline__ void run() {
     put(progress().items, {}), put(progress().parts, {}), put(progress().tiles, {});
@@ -205,7 +205,7 @@ class BwdNoter {
       const Mask& mask = job().sequence.mask;
       const int key = first_key(job()) + warp * 16;
       if (relative_.position_weight && !PositionTerm::linear(mask, {columns.row, key}, C::kQueries, 16))
-        note.mark(elementwise_bits<B>(mask, first_key(job()), key, columns.row));
+        note.mark(clamped_bits<B>(mask, first_key(job()), key, columns.row));
       if (note.head().x & WarpNote::kBlockwise && !columns.tile.covered(warp / 4))
         note.mark(unkept_blocks(mask, columns.row, key) * WarpNote::kBlocks);
     }

@@ -1,6 +1,8 @@
 // Tile sizes of the Hopper backward by compiled head dimension, and the limits they must keep.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias.h"
 

@@ -76,13 +76,12 @@ struct BwdGroup {
       ptx::Wgmma<C::kDim, T>::multiply_fragment(sums, scores[step], b.at(step * 2048));
   }
 
-  __device__ __forceinline__ void start_from_dense(const Job& job, BwdTile tile, Scores& s) const {
+  __device__ __forceinline__ void start_dense(const Job& job, BwdTile tile, Scores& s) const {
     const DenseBias bias(arguments.params.problem, job, nullptr);
     const int key = job.item.block * C::kKeys + warp_key(), query = job.sequence.first_row + tile.tile() * C::kQueries;
 #pragma unroll
     for (int i = 0; i < C::kQueries / 64; ++i)
-      sm90::start_from_dense<true>(bias, key, query + i * 64, arguments.bias_factor,
-                                   reinterpret_cast<Part&>(s[i * 32]));
+      start_from_dense<true>(bias, key, query + i * 64, arguments.factors, reinterpret_cast<Part&>(s[i * 32]));
     ptx::wgmma_settle(s);
   }
 
@@ -150,7 +149,7 @@ struct BwdGroup {
 #pragma unroll
     for (int i = 0; i < C::kQueries / 64; ++i) {
       Part &u = reinterpret_cast<Part&>(s[i * 32]), &g = reinterpret_cast<Part&>(d[i * 32]);
-      u.each([this](float& x, int, int) { x *= arguments.score_alpha; });
+      u.each([this](float& x, int, int) { x *= arguments.factors.score; });
       Score<T>::differentiate(u, g);
       if (per_row) apply_row_scale(job, tile.tile() * C::kQueries + i * 64, u, g);
       round(u, p, i * 4);

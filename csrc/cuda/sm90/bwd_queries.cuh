@@ -11,6 +11,8 @@
 //            |                             | dS0 |                       | dS1 |        (the other warpgroup's
 //            products)
 //
+// Scores begin from a dense bias, if there is one.
+//
 // Barriers, each with the arrivals that complete it:
 //
 //   item_full    the finding warp              item_empty   each computing warpgroup, and the loading warp
@@ -204,7 +206,7 @@ struct BwdQueriesComputer {
     if constexpr (kStarts) {
       const Job& job = item.job;
       start_from_dense<false>(DenseBias(arguments.params.problem, job, nullptr),
-                              job.sequence.first_row + item.first + warp_row(), tile * C::kCols, arguments.factors.bias,
+                              job.sequence.first_row + item.first + warp_row(), tile * C::kCols, arguments.factors,
                               reinterpret_cast<Tile&>(s));
       ptx::wgmma_settle(s);
     }

@@ -14,7 +14,7 @@ struct BwdQueriesShape {
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
   static constexpr int kQueryBytes = kRows * kDim * 2, kKeyBytes = kCols * kDim * 2;
   static constexpr int kClaimTiles = 6;  // left of an item when the next one is claimed
-  static constexpr int kTimeRows = 1;    // no bias: see FwdItem
+  static constexpr int kTimeRows = 1;    // no relative bias: see FwdItem
   static constexpr int kSharedBytes = 2 * kQueryBytes + (kKeyStages + kValueStages) * kKeyBytes + 1024;
   static constexpr int kLoadRegisters = 56, kComputeRegisters = kGroups == 2 ? 224 : 152;
   static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and items take 2 KB");

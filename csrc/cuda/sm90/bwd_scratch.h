@@ -12,7 +12,7 @@ namespace hstu_ops::cuda::sm90 {
 constexpr bool bwd_sums_queries(int padded_dim, bool deterministic) { return padded_dim <= 128 && !deterministic; }
 
 struct BwdScratch {
-  void *key_tickets, *query_tickets, *table_tickets;  // see tickets.h
+  void *key_tickets, *query_tickets, *bias_tickets;  // see tickets.h
   float* sums;  // [heads][padded dim / 64][total_q][64] of dQ, or none: see bwd_sums.h
   size_t sum_bytes, bytes;
 
@@ -23,7 +23,7 @@ struct BwdScratch {
     char* at = static_cast<char*>(memory);
     key_tickets = at;
     query_tickets = at ? at + kHeader / 2 : nullptr;
-    table_tickets = at ? at + kHeader / 4 : nullptr;
+    bias_tickets = at ? at + kHeader / 4 : nullptr;
     sums = at ? reinterpret_cast<float*>(at + kHeader) : nullptr;
     sum_bytes = bwd_sums_queries(padded_dim, p.deterministic)
                     ? static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)

@@ -20,6 +20,7 @@
 #include "cuda/sm90/bwd_items.h"
 #include "cuda/sm90/gate.h"
 #include "cuda/sm90/ring.h"
+#include "cuda/sm90/score_factors.h"
 #include "cuda/sm90/tickets.h"
 #include "cuda/tile/schedule.h"
 
@@ -29,10 +30,10 @@ struct BwdArguments {
   CUtensorMap q, k, v, grad_out;
   AttentionBwdParams params;
   Schedule schedule;
-  Tickets tickets;                 // of items: whoever is done first takes the next, since items differ in length
-  float* sums;                     // of dQ: see bwd_sums.h
-  float alpha, scale;              // alpha: as much of it as dQ and dK take
-  float score_alpha, bias_factor;  // of scores, and of a bias that they begin from
+  Tickets tickets;     // of items: whoever is done first takes the next, since items differ in length
+  float* sums;         // of dQ: see bwd_sums.h
+  float alpha, scale;  // alpha: as much of it as dQ and dK take
+  ScoreFactors factors;
 };
 
 constexpr int kBwdJobs = 2;  // an item and the next

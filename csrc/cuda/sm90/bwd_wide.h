@@ -17,7 +17,7 @@ struct BwdHalf : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
       Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores, Base::release, Base::score,
-      Base::shared, Base::start_from_dense, Base::store, Base::sync, Base::thread;
+      Base::shared, Base::start_dense, Base::store, Base::sync, Base::thread;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -54,7 +54,7 @@ struct BwdHalf : BwdGroup<C, T> {
 
   // The first product of a tile, begun: S' or dP'.
   __device__ __forceinline__ void begin_tile(const Job& job, BwdTile tile, Scores& s) const {
-    if constexpr (kHasValues && C::kDense) start_from_dense(job, tile, s);
+    if constexpr (kHasValues && C::kDense) start_dense(job, tile, s);
     ptx::wgmma_fence();
     if (kHasValues) {
       multiply_scores<kStarts>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,

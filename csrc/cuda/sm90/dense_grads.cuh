@@ -1,10 +1,10 @@
 // Gradient of a dense bias with Hopper's copy engine and asynchronous tensor cores.
 //
 // A block of threads takes tile after tile of the gradient, 64 x 64 of one of its matrices, and adds up dS over the
-// sequences and heads that share the matrix, whose scores it computes again; two warpgroups take them by turns. What is
-// of the tile alone, the bias and the sums, stays in registers. Where one sequence or a few make a tile, every element
-// is written once, zeros included, and in a fixed order; where there are fewer tiles than work for all processors, each
-// tile's sequences are cut into parts, whose sums are added in global memory.
+// sequences and heads that share the matrix, whose scores it computes again; two warpgroups take them by turns. What
+// the tile has alone, the bias and the sums, stays in registers. Every element is written once, zeros included, in a
+// fixed order. But where tiles are too few to keep all processors busy, and no order is asked for, the sequences of
+// each are cut into parts, whose sums are added in global memory.
 //
 //   load     | Q0 K0, dO0 V0 | Q1 K1, dO1 V1 | ...           (a step: one sequence and head)
 //   first    |  S0 = Q0 K0^T, dP0 = dO0 V0^T | dS0 | S2, dP2 | dS2 | ... | sum of both, to global memory
@@ -15,6 +15,7 @@
 //   step_full    the loading lane, when both pairs of operands have been requested
 //                                             step_empty   each warp of the step's warpgroup
 //   pair_full    the loading lane, the bytes  pair_empty   each warp of the step's warpgroup
+//   kSumFull     the second warpgroup         kSumEmpty    the first one (named barriers)
 #pragma once
 
 #include "cuda/ptx/named_barrier.h"
@@ -64,10 +65,14 @@ struct DenseGradsArguments {
   }
 };
 
-// A sequence and head of a tile, or neither: the last step of a tile for each warpgroup, or so that each tile begins
-// with the first warpgroup and its sum does not depend on the tiles before; or the block is done.
+// What a warpgroup does next.
 struct DenseStep {
-  enum Kind { kAdd, kSkip, kLast, kDone } kind;
+  enum Kind {
+    kAdd,   // the dS of a sequence and head
+    kSkip,  // nothing: each tile begins with the first warpgroup, or its sums would depend on the tiles before
+    kLast,  // end the tile; each warpgroup has such a step
+    kDone,  // leave; likewise
+  } kind;
   DenseTile tile;
   int index, head;  // of the sequence
   bool covered;     // all of the tile is kept
@@ -257,14 +262,14 @@ struct DenseGradsComputer {
   __device__ __forceinline__ void add(const Tile& bias, Tile& sum) const {
     Scores s, d;
     Tile &u = reinterpret_cast<Tile&>(s), &ds = reinterpret_cast<Tile&>(d);
-    const Count first = step().pair, second = {first.count + 1};
-    multiply_pair(first, s);
-    multiply_pair(second, d);
+    const Count queries = step().pair, grads = {queries.count + 1};
+    multiply_pair(queries, s);
+    multiply_pair(grads, d);
     const bool covered = __shfl_sync(~0u, step().covered, 0);  // uniform, as the compiler then knows
     const uint64_t keep = covered ? 0 : keep_bits();
     ptx::wgmma_wait<1>();
     ptx::wgmma_settle(s);
-    release(shared.state.pair.empty[first.stage<C::kStages>()]);
+    release(shared.state.pair.empty[queries.stage<C::kStages>()]);
 #pragma unroll
     for (int n = 0; n < C::kTile / 8; ++n)
 #pragma unroll
@@ -275,11 +280,13 @@ struct DenseGradsComputer {
     const int query = step().tile.row + warp_row() + lane_row() - sequence.first_row;
     float factors[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      factors[h] = Score<T>::kSlope * scale(clamp_int(query + h * 8, 0, max_int(sequence.num_q - 1, 0)));
+    for (int h = 0; h < 2; ++h) {
+      const int at = query + h * 8;
+      factors[h] = at >= 0 && at < sequence.num_q ? Score<T>::kSlope * scale(at) : 0.f;
+    }
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(d);
-    release(shared.state.pair.empty[second.stage<C::kStages>()]);
+    release(shared.state.pair.empty[grads.stage<C::kStages>()]);
 #pragma unroll
     for (int i = 0; i < C::kTile / 2; ++i) d[i] = fmaf(d[i], s[i], d[i]);
     if (!covered) mask_rows(keep, ds);
@@ -289,28 +296,30 @@ struct DenseGradsComputer {
       for (int e = 0; e < 4; ++e) sum.x[0][n][e] = fmaf(ds.x[0][n][e], factors[e / 2], sum.x[0][n][e]);
   }
 
+  // Named barriers, and the threads that meet there.
+  static constexpr int kSumFull = 1, kSumEmpty = 2, kBoth = 128 * C::kGroups;
+
   // The second warpgroup's sums through shared memory to the first, which writes.
   __device__ __forceinline__ void finish(Tile& sum) const {
-    constexpr int kFull = 1, kEmpty = 2, kBoth = 256;
     const uint32_t slot = shared.sums() + thread() * 16;
     if (group == 1) {
-      ptx::named_barrier_sync(kEmpty, kBoth);
+      ptx::named_barrier_sync(kSumEmpty, kBoth);
 #pragma unroll
       for (int n = 0; n < C::kTile / 8; ++n) {
         const float(&x)[4] = sum.x[0][n];
         ptx::st_shared(slot + n * 2048, make_float4(x[0], x[1], x[2], x[3]));
       }
-      ptx::named_barrier_arrive(kFull, kBoth);
+      ptx::named_barrier_arrive(kSumFull, kBoth);
       return;
     }
-    ptx::named_barrier_sync(kFull, kBoth);
+    ptx::named_barrier_sync(kSumFull, kBoth);
 #pragma unroll
     for (int n = 0; n < C::kTile / 8; ++n) {
       const float4 y = ptx::ld_shared_v4(slot + n * 2048);
       float(&x)[4] = sum.x[0][n];
       x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
     }
-    ptx::named_barrier_arrive(kEmpty, kBoth);
+    ptx::named_barrier_arrive(kSumEmpty, kBoth);
     store(sum);
   }
   __device__ __forceinline__ void store(const Tile& sum) const {
@@ -331,7 +340,7 @@ struct DenseGradsComputer {
   }
 
   __device__ void run() {
-    if (group == 0) ptx::named_barrier_arrive(2, 256);
+    if (group == 0) ptx::named_barrier_arrive(kSumEmpty, kBoth);
     steps.count = static_cast<unsigned>(group);
 #pragma unroll 1
     for (;;) {
@@ -348,7 +357,7 @@ struct DenseGradsComputer {
       finish(sum);
       finish_step();
     }
-    if (group == 1) ptx::named_barrier_sync(2, 256);  // the last one's
+    if (group == 1) ptx::named_barrier_sync(kSumEmpty, kBoth);  // the last one's
   }
 };
 
@@ -379,9 +388,9 @@ template <class T, int kDim>
 Status attention_dense_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
   using C = DenseGradsConfig<kDim>;
   const AttentionProblem& a = params.problem;
-  const int matrices = (a.dense.batch_stride ? a.jagged.batch : 1) * (a.dense.head_stride ? a.heads : 1);
+  const int64_t matrices = int64_t{a.dense.batch_stride ? a.jagged.batch : 1} * (a.dense.head_stride ? a.heads : 1);
   const int tiles = ceil_div(a.dense.size, C::kTile);
-  int64_t items = int64_t{matrices} * tiles * tiles;
+  int64_t items = matrices * tiles * tiles;
   if (items == 0) return {};
   // Few tiles, many sequences: a causal mask keeps half of the tiles, and each processor should get several items.
   int parts = 1;

@@ -35,14 +35,14 @@ struct BiasShape {
 
 // A warp's note of a tile, in shared memory. No bits: there is one bucket of times, or no time term.
 struct WarpNote {
-  static constexpr unsigned kSteps = 3;         // that many boundaries lie between the buckets
-  static constexpr unsigned kCells = 4;         // the cells answer for all gaps,
-  static constexpr unsigned kOneOctave = 8;     // those of one octave, the shift of which is code / kShift % 32
-  static constexpr unsigned kSearch = 16;       // any of `buckets` behind bucket `first`
-  static constexpr unsigned kElementwise = 32;  // the position term is not one weight a diagonal
-  static constexpr unsigned kBeyond = 64;       // and the window does not hold all of them
+  static constexpr unsigned kSteps = 3;      // that many boundaries lie between the buckets
+  static constexpr unsigned kCells = 4;      // the cells answer for all gaps,
+  static constexpr unsigned kOneOctave = 8;  // those of one octave, the shift of which is code / kShift % 32
+  static constexpr unsigned kSearch = 16;    // any of `buckets` behind bucket `first`
+  static constexpr unsigned kClamped = 32;   // logical positions repeat: the position term is not one weight a diagonal
+  static constexpr unsigned kBeyond = 64;    // and the window does not hold all of them
   static constexpr unsigned kOneByOne = kSearch | kBeyond, kBlockwise = kOneByOne | kCells,
-                            kUncommon = kBlockwise | kElementwise;
+                            kUncommon = kBlockwise | kClamped;
   static constexpr unsigned kShift = 128;
   static constexpr unsigned kBlocks = 32 * kShift;  // code / kBlocks: see kept_block()
   static constexpr int kMostSteps = 3, kBytes = 8 + kMostSteps * 8;
@@ -146,10 +146,10 @@ struct BiasTables {
 
   __device__ Cells cells() const { return Cells(base); }
   // Where a lane's weights of row `row` and column `col` of a tile are, those of block diagonals -1 to 7 from there 32
-  // bytes apart: zeros, if the position term is added one by one.
+  // bytes apart: zeros, if the position term is not one weight a diagonal.
   __device__ __forceinline__ uint32_t diagonals(const BiasStage<B>& stage, unsigned code, int row, int col) const {
     static_assert(kZeroBytes >= 9 * 32);
-    return code & WarpNote::kElementwise ? base + Cells::kBytes + 32 : stage.window().pair(row, col);
+    return code & WarpNote::kClamped ? base + Cells::kBytes + 32 : stage.window().pair(row, col);
   }
   // The zeros, and the stages, which lie behind: without a position term their weights stay zeros. Before anyone fills
   // one.

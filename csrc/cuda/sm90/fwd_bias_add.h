@@ -117,10 +117,10 @@ __device__ __forceinline__ void add_uncommon(const AttentionProblem& problem, co
   if (code == 0) return;
   add_steps(stage, note, code & WarpNote::kSteps, place().times, s);
   if (!(code & WarpNote::kUncommon)) return;
-  look_up(stage, tables, note, code, place().times, s);
-  if (!(code & (WarpNote::kOneByOne | WarpNote::kElementwise))) return;
+  look_up_if_noted(stage, tables, note, code, place().times, s);
+  if (!(code & (WarpNote::kOneByOne | WarpNote::kClamped))) return;
   const BiasTile at = place();
-  if (code & WarpNote::kElementwise && !(code & WarpNote::kBeyond))
+  if (code & WarpNote::kClamped && !(code & WarpNote::kBeyond))
     add_from_window(stage, job.sequence.mask, at, argument, s);
   if (!(code & WarpNote::kOneByOne)) return;
   ready();

@@ -52,7 +52,7 @@ class BiasNoter {
       const Mask& mask = item.job.sequence.mask;
       const int top = item.row() + warp * 16;
       if (problem_.relative.position_weight && !PositionTerm::linear(mask, {top, col}, 16, C::kCols))
-        note.mark(elementwise_bits<B>(mask, item.row(), top, col));
+        note.mark(clamped_bits<B>(mask, item.row(), top, col));
       if (note.head().x != 0) {
         const RowSpans kept = mask.rows(top, top + 16);
         const int end = max_int(max_int(kept.prefix.hi, kept.window.hi), kept.group.hi);

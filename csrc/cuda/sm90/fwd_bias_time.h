@@ -69,10 +69,11 @@ __device__ __forceinline__ void look_up(const BiasStage<B>& stage, const typenam
   }
 }
 
-// The same of a tile that may be looked up.
+// The same, if the note says that the tile is looked up.
 template <class B>
-__device__ __forceinline__ void look_up(const BiasStage<B>& stage, const BiasTables<B>& tables, const WarpNote& note,
-                                        unsigned code, const int* times, Accumulator<1, 8>& s) {
+__device__ __forceinline__ void look_up_if_noted(const BiasStage<B>& stage, const BiasTables<B>& tables,
+                                                 const WarpNote& note, unsigned code, const int* times,
+                                                 Accumulator<1, 8>& s) {
   if (code & WarpNote::kOneOctave) {
     const Octave one = {static_cast<int>(code / WarpNote::kShift % 32), note.words().x};
     look_up<true>(stage, tables.cells(), one, code, times, s);

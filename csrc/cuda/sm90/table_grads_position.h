@@ -9,7 +9,7 @@ namespace hstu_ops::cuda::sm90 {
 
 // Of a warp's 16 queries and 64 keys. Rows that share a position are summed by column, the others' contextual columns
 // by row. What is left, with zeros in their place, runs along diagonals: of other rows than targets no target column
-// is kept.
+// is kept. The last contextual row and the first target lie on the scale of the history, so that diagonals have them.
 class ClampedSums {
  public:
   using Tile = Accumulator<1, 8>;
