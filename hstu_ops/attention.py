@@ -180,6 +180,8 @@ def op_arguments(
     q, k, v = _library.autocast(q, k, v)
     if check:
         _check_tensors(q, k, v, seq_offsets, num_targets, contextual_seq_len, seq_offsets_q)
+    if not isinstance(causal, (bool, torch.SymBool)):
+        _fail("causal", "a bool", causal, TypeError)
     _check_int("max_seq_len", max_seq_len, 1)
     _check_int("target_group_size", target_group_size, 1)
     _check_int("max_attn_len", max_attn_len, 0)
@@ -245,6 +247,8 @@ def _check_int(name: str, value: object, minimum: int) -> None:
         _fail(name, "an int", value, TypeError)
     if value < minimum:
         _fail(name, f"at least {minimum}", value)
+    if isinstance(value, int) and value >= 2**63:
+        _fail(name, "less than 2^63", value)
 
 
 def _check_ints(name: str, x: Tensor, size: int, device: torch.device) -> None:
@@ -321,7 +325,7 @@ def _check_dense(bias: Tensor, batch: int, q: Tensor, max_seq_len: int) -> Tenso
     if not bias.is_floating_point():
         _fail("bias", "a float tensor", bias, TypeError)
     heads = q.shape[1]
-    fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+    fits = bias.dim() == 4 and all(n == 1 or n == m for n, m in zip(bias.shape[:2], (batch, heads)))  # noqa: B905
     if not fits or bias.shape[2] != bias.shape[3]:
         _fail("bias", f"shape [{batch} or 1, {heads} or 1, N, N]", bias)
     if bias.shape[3] < max_seq_len:

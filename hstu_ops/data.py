@@ -141,7 +141,7 @@ def read_ratings(path: str | os.PathLike, *, min_items: int = 3) -> Dataset:
     none; OSError.
     """
     users, items, ratings, times = [], [], [], []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         separator = None
         for number, line in enumerate(file, 1):
             line = line.strip()
@@ -154,7 +154,7 @@ def read_ratings(path: str | os.PathLike, *, min_items: int = 3) -> Dataset:
             fields = line.split(separator)
             try:
                 user, item, rating, time = int(fields[0]), int(fields[1]), float(fields[2]), int(float(fields[3]))
-                if len(fields) != 4 or not math.isfinite(rating):
+                if len(fields) != 4 or not math.isfinite(rating) or not all(abs(x) < 2**63 for x in (user, item, time)):
                     raise ValueError
             except (ValueError, IndexError, OverflowError):
                 expected = f"user, item, rating, time separated by {separator!r}"

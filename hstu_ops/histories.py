@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import _fail
+from .attention import _CHECK_CONTENT, _fail
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +17,8 @@ class Histories:
 
     - `items`: int64 `[T]`; `seq_offsets`: int64 `[B + 1]`: user b has rows `seq_offsets[b]` to `seq_offsets[b + 1]`.
     - `timestamps`: int64 `[T]`, seconds, or None. `actions`: int64 `[T]`, what was done with the item, or None.
+
+    Errors: TypeError or ValueError naming the argument, on CPU also for the content of seq_offsets.
 
         >>> histories = Histories.from_lists([[5, 2, 9], [7, 5]])
         >>> len(histories), histories.lengths
@@ -27,6 +29,22 @@ class Histories:
     seq_offsets: Tensor
     timestamps: Tensor | None = None
     actions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("items", "seq_offsets"):
+            if not isinstance(getattr(self, name), Tensor):
+                _fail(name, "an int64 tensor", getattr(self, name), TypeError)
+        total, offsets = len(self.items), self.seq_offsets
+        if offsets.dim() != 1 or len(offsets) < 1:
+            _fail("seq_offsets", "shape [B + 1]", offsets)
+        for name in ("timestamps", "actions"):
+            x = getattr(self, name)
+            if x is not None and len(x) != total:
+                _fail(name, f"{total} entries, one for each item", x)
+        if not _content_is_checked(offsets):
+            return
+        if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
+            _fail("seq_offsets", f"numbers that rise from 0 to {total}, the number of items", offsets.tolist())
 
     @staticmethod
     def from_lists(
@@ -57,8 +75,7 @@ class Histories:
     @property
     def sequence(self) -> Tensor:
         """Which user each row belongs to: int64 `[T]`."""
-        users = torch.arange(len(self), device=self.items.device)
-        return torch.repeat_interleave(users, self.lengths, output_size=len(self.items))
+        return _owners(self.seq_offsets[1:], len(self.items))
 
     def to(self, device: torch.device | str) -> Histories:
         columns = (self.items, self.seq_offsets, self.timestamps, self.actions)
@@ -83,10 +100,14 @@ class Histories:
     def split_last(self) -> tuple[Histories, Tensor]:
         """Histories without their last item, and for each of the rows left the row of `self` that comes next.
 
-        Every user needs an item. Does not wait for the device.
+        Every user needs an item: ValueError if one has none (on other devices than the CPU, which are not waited for,
+        with `HSTU_OPS_CHECK=1` alone).
         """
         lengths = self.lengths - 1
-        rows = _ranges(self.seq_offsets[:-1], lengths, len(self.items) - len(self))
+        if _content_is_checked(lengths) and (lengths < 0).any():
+            _fail("histories", "an item of every user", f"none of user {int((lengths < 0).nonzero()[0])}")
+        rows = _ranges(self.seq_offsets[:-1], lengths, max(len(self.items) - len(self), 0))
+        rows = rows.clamp(0, max(len(self.items) - 2, 0))  # whatever the offsets are
         return self.rows(rows, lengths), rows + 1
 
     def append(self, candidates: Histories) -> Histories:
@@ -108,7 +129,17 @@ def _cat(lists: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.as_tensor(x, dtype=torch.int64) for x in lists)])
 
 
+def _content_is_checked(x: Tensor) -> bool:
+    return (x.is_cpu or _CHECK_CONTENT) and not torch.compiler.is_compiling()
+
+
+def _owners(ends: Tensor, total: int) -> Tensor:
+    """For each of `total` rows the first b whose `ends[b]` is behind it; no content leads outside of [0, B)."""
+    rows = torch.arange(total, device=ends.device)
+    return torch.searchsorted(ends.contiguous(), rows, right=True).clamp(max=max(len(ends) - 1, 0))
+
+
 def _ranges(begin: Tensor, lengths: Tensor, total: int) -> Tensor:
     """`begin[b], begin[b] + 1, ...` for each b, `lengths[b]` of them, back to back; total is their number."""
-    first = lengths.cumsum(0) - lengths
-    return torch.repeat_interleave(begin - first, lengths, output_size=total) + torch.arange(total, device=begin.device)
+    ends = lengths.cumsum(0)
+    return (begin - ends + lengths)[_owners(ends, total)] + torch.arange(total, device=begin.device)

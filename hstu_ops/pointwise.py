@@ -31,7 +31,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Errors: TypeError or ValueError naming the argument.
     """
     _check_rows("x", x)
-    weight, bias = _affine("weight", weight, x, 1, x.shape[1]), _affine("bias", bias, x, 1, x.shape[1])
+    weight, bias = (_affine(name, w, x, None, x.shape[1]) for name, w in (("weight", weight), ("bias", bias)))
     _check_number("eps", eps)
     return _layer_ops.layer_norm(x, weight, bias, eps)
 
@@ -210,18 +210,18 @@ def _check_like(name: str, x: Tensor, other: str, like: Tensor) -> None:
         _fail(name, f"a tensor on {like.device}, the device of {other}", x)
 
 
-def _affine(name: str, w: Tensor | None, x: Tensor, groups: int, columns: int) -> Tensor | None:
-    """Weight or bias of a norm as one number a column, in the accumulation type."""
+def _affine(name: str, w: Tensor | None, x: Tensor, groups: int | None, columns: int) -> Tensor | None:
+    """Weight or bias of a norm as one number a column, in the accumulation type. Given: one a column, or a group."""
     if w is None:
         return None
     if not isinstance(w, Tensor) or not w.is_floating_point():
         _fail(name, "None or a float tensor", w, TypeError)
-    if w.dim() != 1 or w.shape[0] not in ((columns, groups) if groups > 1 else (columns,)):
-        _fail(name, f"shape [{columns}]" + (f" or [{groups}]" if groups > 1 else ""), w)
+    if w.dim() != 1 or not (w.shape[0] == columns or w.shape[0] == groups):  # `in` fails for symbols
+        _fail(name, f"shape [{columns}]" + ("" if groups is None else f" or [{groups}]"), w)
     if w.device != x.device:
         _fail(name, f"a tensor on {x.device}, the device of the rows", w)
     w = w.to(accumulation_dtype(x.dtype))
-    return w.contiguous() if w.shape[0] == columns else w[:, None].expand(groups, columns // groups).flatten()
+    return (w if w.shape[0] == columns else w[:, None].expand(groups, columns // groups).flatten()).contiguous()
 
 
 def _check_sizes(sizes: Sequence[int], uvqk: Tensor) -> list[int]:

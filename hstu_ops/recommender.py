@@ -74,7 +74,7 @@ class HSTURecommender(nn.Module):
             _fail("encoder", f"one of {', '.join(ENCODERS)}", encoder)
         if relative_bias not in RELATIVE_BIASES:
             _fail("relative_bias", f"one of {', '.join(RELATIVE_BIASES)}", relative_bias)
-        self.config = dict(
+        config = dict(
             num_items=num_items,
             max_seq_len=max_seq_len,
             embedding_dim=embedding_dim,
@@ -89,6 +89,8 @@ class HSTURecommender(nn.Module):
             encoder=encoder,
             **layer_options,
         )
+        # Numbers of numpy would be refused when a saved model is loaded.
+        self.config = {name: x.item() if hasattr(x, "item") else x for name, x in config.items()}
         self.num_items, self.max_seq_len, self.num_actions = num_items, max_seq_len, num_actions
         self.temperature = temperature
         self.uses_time = "time" in relative_bias
@@ -191,6 +193,8 @@ class HSTURecommender(nn.Module):
         """
         inputs, following = histories.split_last()
         rows = self(inputs, request_timestamps=_last(histories.timestamps, histories))
+        if len(rows) == 0:
+            return rows.sum()  # nobody has a second item: 0, and gradients of 0
         right = histories.items[following]
         if num_negatives is None:
             return F.cross_entropy(self.item_logits(rows), right)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,27 +21,49 @@ COMPARED = ("transformer", "softmax-hstu", "hstu")
 FULL_SOFTMAX_ITEMS = 10_000  # up to this many items the default is a softmax over all
 
 
+def _at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a finite number that is not below `least`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return value
+
+    number.__name__ = kind.__name__  # in argparse's own message
+    return number
+
+
+_AMOUNT, _COUNT, _POSITIVE = _at_least(0, float), _at_least(0), _at_least(1)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--scale", type=float, default=0.1, help="of the synthetic stream (default: %(default)s)")
+    data.add_argument("--scale", type=_AMOUNT, default=0.1, help="of the synthetic stream (default: %(default)s)")
     data.add_argument("--ratings", metavar="FILE", help="MovieLens ratings.dat, ratings.csv or u.data instead")
-    data.add_argument("--max-seq-len", type=int, help="items of a history that are read (default: 128; ratings: 200)")
+    data.add_argument(
+        "--max-seq-len", type=_POSITIVE, help="items of a history that are read (default: 128; ratings: 200)"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--encoder", choices=("hstu", "reference", "softmax-hstu", "transformer"), default="hstu")
-    model.add_argument("--dim", type=int, default=64, help="of embeddings (default: %(default)s)")
-    model.add_argument("--layers", type=int, default=2)
-    model.add_argument("--heads", type=int, default=2)
+    model.add_argument("--dim", type=_POSITIVE, default=64, help="of embeddings (default: %(default)s)")
+    model.add_argument("--layers", type=_POSITIVE, default=2)
+    model.add_argument("--heads", type=_POSITIVE, default=2)
     model.add_argument("--relative-bias", choices=("none", "position", "time", "position+time"))
     model.add_argument("--dropout", type=float, help="default: 0; ratings: 0.2")
-    model.add_argument("--temperature", type=float, help="of cosines; 0: inner products (default; ratings: 0.05)")
+    model.add_argument("--temperature", type=_AMOUNT, help="of cosines; 0: inner products (default; ratings: 0.05)")
     model.add_argument("--actions", action="store_true", help="embed the ratings too")
     loop = parser.add_argument_group("training")
-    loop.add_argument("--epochs", type=int, help="parts of the stream, which is read once (5); ratings: passes (30)")
-    loop.add_argument("--batch-size", type=int, default=64, help="users (default: %(default)s)")
+    loop.add_argument(
+        "--epochs", type=_POSITIVE, help="parts of the stream, which is read once (5); ratings: passes (30)"
+    )
+    loop.add_argument("--batch-size", type=_POSITIVE, default=64, help="users (default: %(default)s)")
     loop.add_argument("--lr", type=float, default=2e-3, help="of AdamW (default: %(default)s)")
-    loop.add_argument("--negatives", type=int, help=f"of sampled softmax; 0: none (up to {FULL_SOFTMAX_ITEMS} items)")
-    loop.add_argument("--candidates", type=int, default=0, help="also train ranking, among this many negatives")
-    loop.add_argument("--seed", type=int, default=0)
+    loop.add_argument(
+        "--negatives", type=_COUNT, help=f"of sampled softmax; 0: none (up to {FULL_SOFTMAX_ITEMS} items)"
+    )
+    loop.add_argument("--candidates", type=_COUNT, default=0, help="also train ranking, among this many negatives")
+    loop.add_argument("--seed", type=_COUNT, default=0)
     loop.add_argument("--output", type=Path, default=Path("hstu_run"), help="folder of checkpoints and the plot")
     loop.add_argument("--resume", action="store_true", help="continue from the checkpoints in --output")
     loop.add_argument("--baseline", action="store_true", help=f"train {', '.join(COMPARED)}; print and plot them")
@@ -105,7 +127,7 @@ def _dataset(arguments: argparse.Namespace) -> Dataset:
 def fit(encoder: str, dataset: Dataset, arguments: argparse.Namespace) -> Run:
     """Trains one model; prints as it goes."""
     stream, device = dataset.stream, arguments.device
-    epochs = arguments.epochs or (5 if stream else 30)
+    epochs = (5 if stream else 30) if arguments.epochs is None else arguments.epochs
     run = _start(encoder, dataset, arguments, epochs)
     weights = sum(p.numel() for n, p in run.model.named_parameters() if n.startswith("encoder."))
     print(f"\n{encoder}: {arguments.layers} layers, {weights} weights in the encoder; {device}\n")
@@ -141,7 +163,7 @@ def _start(encoder: str, dataset: Dataset, arguments: argparse.Namespace, epochs
     torch.manual_seed(arguments.seed)
     model = HSTURecommender(
         dataset.num_items,
-        max_seq_len=arguments.max_seq_len or (128 if stream else 200),
+        max_seq_len=(128 if stream else 200) if arguments.max_seq_len is None else arguments.max_seq_len,
         embedding_dim=arguments.dim,
         num_layers=arguments.layers,
         num_heads=arguments.heads,
@@ -221,8 +243,9 @@ def evaluate(model: HSTURecommender, dataset: Dataset, batch_size: int, autocast
         if not dataset.stream:
             seen = whole.split_last()[0].to(device)
             logits[seen.sequence, seen.items] = -torch.inf
-        # The right item and its equals are counted as better, so that equal scores for all are no hit.
-        ranks.append(((logits >= score).sum(1) - (logits.gather(1, right[:, None]) >= score)[:, 0].long()).cpu())
+        # The right item, its equals and NaN are counted as better, so that equal scores for all are no hit, nor NaN.
+        ahead = ~(logits < score)
+        ranks.append((ahead.sum(1) - ahead.gather(1, right[:, None])[:, 0].long()).cpu())
     return metrics_of(torch.cat(ranks))
 
 

@@ -59,6 +59,14 @@ def test_only_what_is_asked_for(wanted, device):
     assert all(torch.equal(x, everything[i]) for x, i in zip(grads, wanted, strict=True))
 
 
+@pytest.mark.parametrize("queries", (None, (0,)))
+def test_nothing_to_differentiate(queries, device):
+    """Gradients of a sum have strides of 0, also without elements."""
+    inputs = make(Case("", (0,) if queries is None else (3,), queries=queries, heads=2), device=device)
+    grads = torch.autograd.grad(inputs.call(hstu_attention).sum(), (inputs.q, inputs.k, inputs.v))
+    assert all(not x.any() for x in grads)
+
+
 def test_no_grad_modes(device):
     attention, leaves = _function(make(_CASES[0], device=device))
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from cases import Case, make
 from torch import nn
 
-from hstu_ops import RelativeAttentionBias, RelativeBias, TimeBuckets, _library, hstu_attention
+from hstu_ops import HSTULayer, RelativeAttentionBias, RelativeBias, TimeBuckets, _library, hstu_attention
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 ops = torch.ops.hstu_ops
@@ -131,6 +131,22 @@ def test_compile_does_not_recompile(device):
     for lengths in _BATCHES:
         compiled(*_batch(lengths, device)).sum().backward()
     assert count.frame_count == 1
+
+
+def test_compile_with_symbols(device):
+    """Sizes that are compared with sizes: a norm's weight, an expanded dense bias."""
+    torch._dynamo.reset()
+    layer = HSTULayer(16, 2, max_seq_len=9, norm_affine=True, norm_per_head=True).to(device)
+
+    def call(x, offsets, bias):
+        y = layer(x, offsets)
+        q = y.view(len(y), 2, 8)
+        return hstu_attention(q, q, q, offsets, 9, bias=bias.expand(len(offsets) - 1, 2, 9, 9))
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for offsets in (torch.tensor([0, 4, 9]), torch.tensor([0, 1, 3, 11])):
+        given = torch.randn(int(offsets[-1]), 16, device=device), offsets.to(device), torch.randn(1, 1, 9, 9).to(device)
+        assert torch.equal(compiled(*given), call(*given))
 
 
 @pytest.mark.parametrize("case", _CASES, ids=str)

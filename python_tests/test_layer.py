@@ -322,6 +322,14 @@ def test_no_graph_breaks(recompute):
     torch.testing.assert_close(results(compiled, arguments)["out"], results(stack, arguments)["out"])
 
 
+def test_one_head_has_one_weight(device):
+    layer = HSTULayer(8, 1, max_seq_len=4, norm_per_head=True, norm_affine=True).to(device)
+    plain = reference.HSTULayer(8, 1, max_seq_len=4, norm_per_head=True, norm_affine=True).to(device)
+    plain.load_state_dict(layer.state_dict())
+    x, offsets = torch.randn(4, 8, device=device), torch.tensor([0, 4], device=device)
+    torch.testing.assert_close(layer(x, offsets), plain(x, offsets))
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [

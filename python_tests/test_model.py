@@ -273,11 +273,31 @@ def test_save_and_load(tmp_path, device):
         ("actions", lambda: recommender(num_actions=3)(Histories.from_lists([[1, 2]]))),
         ("timestamps", lambda: recommender(relative_bias="time")(Histories.from_lists([[1, 2]]))),
         ("recompute", lambda: recommender(recompute=("all",))),
+        ("seq_offsets", lambda: Histories(torch.arange(5), torch.tensor([0, 700_000, 5]))),
+        ("seq_offsets", lambda: Histories(torch.arange(5), torch.tensor([0, 3]))),
+        ("timestamps", lambda: Histories(torch.arange(5), torch.tensor([0, 5]), torch.arange(4))),
+        ("items", lambda: Histories([1, 2], torch.tensor([0, 2]))),
+        ("histories", lambda: recommender().next_item_loss(Histories.from_lists([[1, 2], []]))),
+        ("histories", lambda: recommender().ranking_loss(Histories.from_lists([[], [1, 2]]))),
     ],
 )
 def test_errors_name_the_argument(name, call):
     with pytest.raises((ValueError, TypeError), match=name):
         call()
+
+
+@pytest.mark.parametrize("items", ([], [[1]], [[1], [2]]))
+def test_no_next_item_no_loss(items):
+    model = recommender()
+    loss = model.next_item_loss(Histories.from_lists(items))
+    loss.backward()
+    assert loss == 0 and all(not x.grad.any() for x in model.parameters() if x.grad is not None)
+
+
+def test_saved_numbers_of_numpy_are_read(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    HSTURecommender(numpy.int64(30), max_seq_len=8, embedding_dim=16, dropout=numpy.float64(0.5)).save(tmp_path / "m")
+    assert HSTURecommender.load(tmp_path / "m").config["dropout"] == 0.5
 
 
 # ---- baselines ---------------------------------------------------------------------------------------------------

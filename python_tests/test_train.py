@@ -67,6 +67,8 @@ def test_short_histories_are_left_out(tmp_path):
         ("userId,movieId,rating,timestamp\n1,2,3.5,4\n1,2,3.5,4,5\n", 3),
         ("1::2::nan::4\n", 1),
         ("1::2::3::inf\n", 1),
+        ("1::2::3::4\n99999999999999999999::2::3::4\n", 2),
+        ("1::2::3::1e30\n", 1),
         ("movie, user\n", 1),
     ],
 )
@@ -161,7 +163,8 @@ def test_ranks():
     last = Dataset("", 100, test.split_last()[0], test, stream=False)
     got = train.evaluate(_Fixed(scores), last, 2)  # ranks 9, 9
     assert got["HR@10"] == 1 and got["NDCG@10"] == pytest.approx(0.2890649)
-    assert train.evaluate(_Fixed([0.0] * 100), last, 2)["HR@50"] == 0
+    for same in (0.0, float("nan")):
+        assert train.evaluate(_Fixed([same] * 100), last, 2)["HR@50"] == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -265,11 +268,21 @@ def test_user_errors(tmp_path, monkeypatch, capsys):
     for given, words in (
         (["--ratings", broken], f"line {lines}: "),
         (["--ratings", tmp_path / "none"], "none"),
-        (["--scale", -1], "scale"),
         (["--dim", 15, "--scale", 0.005], "dim_qk"),
     ):
         status, _, err = command(monkeypatch, capsys, *given, "--output", tmp_path)
         assert status == 2 and words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(x, -1) for x in ("--scale", "--epochs", "--batch-size", "--negatives", "--candidates", "--temperature")]
+    + [("--epochs", 0), ("--max-seq-len", 0), ("--scale", "inf"), ("--scale", "nan"), ("--seed", 10**20)],
+)
+def test_numbers_out_of_range(name, value, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, capsys, name, value, "--output", tmp_path)
+    assert f"argument {name}: expected at least" in capsys.readouterr().err
 
 
 def test_sampled_softmax_and_other_encoders(tmp_path, monkeypatch, capsys):

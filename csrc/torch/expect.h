@@ -94,9 +94,11 @@ inline void expect_shape(const Tensor& tensor, const char* argument, const Shape
   expect(got == shape, argument, [&] { return std::string("shape ") + spelling + " = " + text(shape); }, got);
 }
 
-// The last dimension is contiguous and the others are not reversed.
+// The last dimension is contiguous and the others are not reversed; without elements strides may be anything.
 inline void expect_rows(const Tensor& tensor, const char* argument) {
   const int64_t last = tensor.dim() - 1;
+  for (int64_t i = 0; i <= last; ++i)
+    if (tensor.size(i) == 0) return;
   for (int64_t i = 0; i <= last; ++i) {
     const int64_t stride = tensor.stride(i);
     const bool good = i == last ? stride == 1 || tensor.size(i) <= 1 : stride >= 0;
