@@ -279,6 +279,14 @@ NVIDIA = {
         "slots_q": (5, 0, 33, 1, 64, 2),
         "queries": (5, 0, 33, 1, 64, 2),
     },
+    "room for queries": {"slots_q": (9, 3, 33, 40, 64, 9), "queries": (5, 0, 33, 1, 64, 2)},
+    "room for queries and targets": {
+        "slots": (80, 4, 40, 3, 131, 20),
+        "slots_q": (70, 3, 33, 40, 64, 9),
+        "queries": (5, 0, 33, 1, 64, 2),
+        "targets": TARGETS,
+        "group": 3,
+    },
     "both padded": {"slots": (80, 4, 40, 3, 131, 20), "slots_q": (6, 0, 34, 2, 64, 2), "queries": (5, 0, 33, 1, 64, 2)},
 }
 
@@ -298,7 +306,7 @@ def test_hstu_attn(name, device, dtype):
 
 
 @pytest.mark.parametrize("shape", [(6, 2), (1, 1), (6, 1), (1, 2)])
-@pytest.mark.parametrize("name", ["causal", "everything", "last rows", "padding", "room for keys"])
+@pytest.mark.parametrize("name", ["causal", "everything", "last rows", "padding", "room for keys", "room for queries"])
 def test_rab_is_scaled_by_alpha_and_has_a_gradient(name, shape, device64):
     options = NVIDIA[name]
     leaves = draw(*nvidia_shapes(options), (*shape, N, N), dtype=torch.float64, device=device64)

@@ -86,9 +86,11 @@ def hstu_attn_varlen_func(
         rab = rab if has_drab else rab.detach()
         rab = rab if alpha == 1 else alpha * rab.to(accumulation_dtype(q.dtype))
     if seqused_q is not None or seqused_k is not None:
-        slots = _Slots(cu_seqlens_q, seqused_q, q), _Slots(cu_seqlens_k, seqused_k, k)
+        same = cu_seqlens_q is cu_seqlens_k and seqused_q is seqused_k
+        queries = _Slots(cu_seqlens_q, seqused_q, q)
+        slots = queries, queries if same else _Slots(cu_seqlens_k, seqused_k, k, queries)
         q, k, v = slots[0].without_padding(q), slots[1].without_padding(k), slots[1].without_padding(v)
-        cu_seqlens_q, cu_seqlens_k = slots[0].offsets, slots[1].offsets
+        cu_seqlens_q, cu_seqlens_k = slots[0].offsets, slots[1].offsets  # one tensor if they are the same
         # Padding is made of targets, of which each sees itself or its group: next to no work.
         num_targets = slots[1].interleave(num_targets, cu_seqlens_k.diff()[1::2])
         num_contexts = None if num_contexts is None else slots[1].interleave(num_contexts, None)
@@ -129,20 +131,34 @@ def _window(
 class _Slots:
     """Slots of a buffer that are used in part, as twice as many sequences: used rows and padding in turn.
 
-    Nothing here depends on what the tensors hold, so the device is not waited for.
+    `others`: the slots of the queries, if these are the keys'. Queries need as many keys, so padding of keys is longer by
+    that of the queries; of the added rows, one for each query, the last slot's padding has those that are left. Nothing
+    here depends on what the tensors hold, so the device is not waited for.
     """
 
-    def __init__(self, cu_seqlens: Tensor, used: Tensor | None, rows: Tensor) -> None:
-        ends = cu_seqlens[1:]
-        if used is None:
-            used = cu_seqlens.diff()
-        used_ends = torch.minimum(cu_seqlens[:-1] + used.to(cu_seqlens.dtype), ends)
-        self.offsets = torch.cat((cu_seqlens[:1], torch.stack((used_ends, ends), dim=1).flatten()))
-        sequence = torch.bucketize(torch.arange(rows.shape[0], device=rows.device), self.offsets[1:], right=True)
+    def __init__(self, cu_seqlens: Tensor, used: Tensor | None, rows: Tensor, others: _Slots | None = None) -> None:
+        begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
+        used = ends - begins if used is None else torch.minimum(used.to(cu_seqlens.dtype), ends - begins)
+        self.padding_lengths = ends - begins - used
+        total, self.rows = rows.shape[0], None
+        if others is None:
+            self.offsets = torch.cat((cu_seqlens[:1], torch.stack((begins + used, ends), dim=1).flatten()))
+        else:
+            lengths = torch.stack((used, self.padding_lengths + others.padding_lengths), dim=1).flatten()
+            self.offsets = torch.cat((cu_seqlens[:1], lengths.cumsum(0).to(cu_seqlens.dtype)))
+            total += others.padding.shape[0]
+            self.offsets[-1:] = total
+        at = torch.arange(total, device=rows.device)
+        sequence = torch.bucketize(at, self.offsets[1:], right=True)
         self.padding = (sequence % 2 == 1)[:, None, None]
+        if others is not None and total > 0:
+            source = (at - self.offsets[sequence] + begins[sequence // 2]).masked_fill(self.padding[:, 0, 0], 0)
+            self.rows = source.clamp(0, max(rows.shape[0] - 1, 0))  # whatever the lengths are
 
     def without_padding(self, x: Tensor) -> Tensor:
         """Zeros in place of padding, which thus adds 0 to everything and gets gradients of 0, even if it is NaN."""
+        if self.rows is not None:
+            x = x[self.rows] if x.shape[0] > 0 else x.new_zeros(self.rows.shape[0], *x.shape[1:])
         return x.masked_fill(self.padding, 0)
 
     def interleave(self, of_used: Tensor | None, of_padding: Tensor | None) -> Tensor:
