@@ -131,9 +131,9 @@ def _window(
 class _Slots:
     """Slots of a buffer that are used in part, as twice as many sequences: used rows and padding in turn.
 
-    `others`: the slots of the queries, if these are the keys'. Queries need as many keys, so padding of keys is longer by
-    that of the queries; of the added rows, one for each query, the last slot's padding has those that are left. Nothing
-    here depends on what the tensors hold, so the device is not waited for.
+    `others`: the slots of the queries, if these are the keys'. Queries need as many keys, so padding of keys is longer
+    by that of the queries; of the added rows, one for each query, the last slot's padding has those that are left.
+    Nothing here depends on what the tensors hold, so the device is not waited for.
     """
 
     def __init__(self, cu_seqlens: Tensor, used: Tensor | None, rows: Tensor, others: _Slots | None = None) -> None:
