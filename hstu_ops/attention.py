@@ -213,7 +213,7 @@ def op_arguments(
         dense = _check_dense(bias, batch, q, max_seq_len).to(accumulate)
 
     if _CHECK_CONTENT and not torch.compiler.is_compiling():
-        _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, num_targets, contextual_seq_lens)
+        _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, num_targets, contextual_seq_lens)
     return (
         *(q, k, v, seq_offsets, seq_offsets_q, max_seq_len, alpha, scale, scale_values),
         *(causal, num_targets, target_group_size, contextual_seq_len, contextual_seq_lens),
@@ -396,9 +396,7 @@ def _check_times(name: str, x: Tensor, size: int, device: torch.device) -> None:
         _fail(name, "int64", x, TypeError)
 
 
-def _check_content(
-    seq_offsets, seq_offsets_q, total_q, total_kv, max_seq_len, num_targets, contextual_seq_lens
-) -> None:
+def _check_content(seq_offsets, seq_offsets_q, total_q, total_kv, num_targets, contextual_seq_lens) -> None:
     """What the shapes cannot tell. Reads the tensors on the host, so it waits for the device."""
 
     def lengths(name: str, offsets: Tensor, total: int) -> Tensor:
@@ -408,8 +406,6 @@ def _check_content(
         return offsets.diff()
 
     n = lengths("seq_offsets", seq_offsets, total_kv)
-    if (n > max_seq_len).any():
-        _fail("max_seq_len", f"at least {int(n.max())}, the longest sequence", max_seq_len)
     if seq_offsets_q is not None:
         m = lengths("seq_offsets_q", seq_offsets_q, total_q)
         if (m > n).any():

@@ -174,7 +174,6 @@ def test_wrong_content(name, value):
         ("seq_offsets", _long(1, 5, 5, 8), "seq_offsets"),
         ("seq_offsets", _long(0, 5, 4, 8), "seq_offsets"),
         ("seq_offsets", _long(0, 5, 5, 9), "seq_offsets"),
-        ("max_seq_len", 4, "max_seq_len"),
         ("seq_offsets_q", _long(0, 6, 6, 8), "seq_offsets_q"),
         ("num_targets", _long(6, 0, 0), "num_targets"),
         ("num_targets", _long(0, -1, 0), "num_targets"),
@@ -197,6 +196,11 @@ def test_content_checks_accept_good_content(device, monkeypatch):
     monkeypatch.setattr(attention_module, "_CHECK_CONTENT", True)
     inputs = make(replace(_CASE, queries=(3, 0, 3), contextual_seq_len=(1, 2, 3)), device=device, grad=False)
     assert inputs.call(hstu_attention).shape == (6, 2, 6)
+    assert replace(inputs, max_seq_len=2, options={**inputs.options, "bias": None}).call(hstu_attention).shape == (
+        6,
+        2,
+        6,
+    )
 
 
 def test_a_raw_call_is_checked_too():
