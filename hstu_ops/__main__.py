@@ -157,8 +157,12 @@ def _mebibytes(size: float | None) -> str:
     return "unknown" if size is None else f"{size / 2**20:.0f} MiB"
 
 
+def _has_cuda() -> bool:
+    return bool(build_info().get("cuda_archs")) and torch.cuda.is_available()
+
+
 def _parser() -> argparse.ArgumentParser:
-    device = "cuda" if build_info().get("cuda_archs") and torch.cuda.is_available() else "cpu"
+    device = "cuda" if _has_cuda() else "cpu"
     parser = argparse.ArgumentParser(
         prog="python -m hstu_ops",
         description="HSTU attention, layers and recommenders. Without a command: check.",
@@ -184,7 +188,10 @@ def main() -> int:
     given = sys.argv[1:]
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["check", *given]
-    arguments = _parser().parse_args(given)
+    parser = _parser()
+    arguments = parser.parse_args(given)
+    if arguments.device == "cuda" and not _has_cuda():
+        parser.error("argument --device: cuda: this build has no CUDA kernels, or there is no GPU")
     if arguments.dtype is None:
         arguments.dtype = (
             "bfloat16" if arguments.function is training.train and arguments.device == "cuda" else "float32"

@@ -162,9 +162,9 @@ class HSTULayer(nn.Module):
             bias = self.relative_bias(timestamps, query_timestamps)
 
         normed = self._normed(x)
-        with self._kept_unless(("norm", "projection"), normed, lambda: self._normed(x)):
+        with self._kept_unless(("norm", "projection"), normed, lambda: self._normed(x), x):
             uvqk = self.uvqk(normed)
-        with self._kept_unless(("projection",), uvqk, lambda: self.uvqk(self._normed(x))):
+        with self._kept_unless(("projection",), uvqk, lambda: self.uvqk(self._normed(x)), x):
             y = self._core(uvqk, seq_offsets, scale=masks.pop("scale", self.scale), bias=bias, **masks)
         return x + self.output(y)
 
@@ -206,9 +206,12 @@ class HSTULayer(nn.Module):
             concat=self.concat,
         )
 
-    def _kept_unless(self, reasons: tuple[str, ...], tensor: Tensor, compute: Callable[[], Tensor]):
-        recompute = any(x in self.recompute for x in reasons) and not torch.compiler.is_compiling()
-        return _recomputed(tensor, compute) if recompute else contextlib.nullcontext()
+    def _kept_unless(self, reasons: tuple[str, ...], tensor: Tensor, compute: Callable[[], Tensor], x: Tensor):
+        wanted = torch.is_grad_enabled() and any(reason in self.recompute for reason in reasons)
+        if not wanted or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        read = (x, self.input_norm_weight, self.input_norm_bias, *self.uvqk.parameters())
+        return _recomputed(tensor, compute, [t for t in read if t is not None])
 
 
 class HSTU(nn.Module):
@@ -295,24 +298,35 @@ def head_dim(name: str, given: int | None, embedding_dim: int, num_heads: int) -
 class _recomputed(torch.autograd.graph.saved_tensors_hooks):
     """Within it, autograd keeps `compute` in place of `tensor` and of views of it, and calls it in the backward pass.
 
-    `tensor` has to live as long as the context: it is told by its address.
+    `tensor` has to live as long as the context: it is told by its address. `read`: what `compute` reads, which may not
+    be changed in place until then, nor may what is kept.
     """
 
-    def __init__(self, tensor: Tensor, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, tensor: Tensor, compute: Callable[[], Tensor], read: list[Tensor]) -> None:
+        versions = [x._version for x in read]
         address, device = tensor.untyped_storage().data_ptr(), tensor.device.type
         autocast = dict(enabled=False)
         if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
             autocast = dict(dtype=torch.get_autocast_dtype(device))
 
-        def pack(x: Tensor) -> Tensor | tuple:
+        def pack(x: Tensor) -> tuple:
             if x.numel() == 0 or x.untyped_storage().data_ptr() != address:
-                return x.detach()  # an output kept as it is would own itself
+                return x.detach(), x._version  # an output kept as it is would own itself
             return x.shape, x.stride(), x.storage_offset()
 
-        def unpack(kept: Tensor | tuple) -> Tensor:
-            if isinstance(kept, Tensor):
-                return kept
+        def unpack(kept: tuple) -> Tensor:
+            if isinstance(kept[0], Tensor):
+                _expect_unchanged(kept[0]._version == kept[1])
+                return kept[0]
+            _expect_unchanged([x._version for x in read] == versions)
             with torch.no_grad(), torch.autocast(device, **autocast):
                 return compute().as_strided(*kept)
 
         super().__init__(pack, unpack)
+
+
+def _expect_unchanged(good: bool) -> None:
+    if not good:
+        raise RuntimeError(
+            "hstu_ops: a weight or an input was changed in place between the forward and the backward pass"
+        )

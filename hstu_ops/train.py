@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -87,12 +88,18 @@ class Run:
         torch.save(content, partial)
         partial.replace(path)
 
-    def resume(self, path: Path, device: str) -> None:
-        content = torch.load(path, map_location=device, weights_only=True)
-        changed = [x for x, value in self.arguments.items() if content["arguments"].get(x) != value]
+    def resume(self, path: Path, device: str, dataset: Dataset) -> None:
+        try:
+            content = torch.load(path, map_location=device, weights_only=True)
+            arguments, items = content["arguments"], content["item_ids"]
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(f"hstu_ops: --resume: {path} is no checkpoint of a training: {error!r}") from None
+        changed = [x for x, value in self.arguments.items() if arguments.get(x) != value]
         if changed:
-            was = ", ".join(f"{x} {content['arguments'].get(x)} (now {self.arguments[x]})" for x in changed)
+            was = ", ".join(f"{x} {arguments.get(x)} (now {self.arguments[x]})" for x in changed)
             raise ValueError(f"hstu_ops: --resume: {path} was trained with {was}")
+        if items is not None and not torch.equal(items.cpu(), dataset.item_ids):
+            raise ValueError(f"hstu_ops: --resume: {path} was trained with other items")
         self.model.load_state_dict(content["state"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.history = content["history"]
@@ -133,7 +140,7 @@ def fit(encoder: str, dataset: Dataset, arguments: argparse.Namespace) -> Run:
     print(f"\n{encoder}: {arguments.layers} layers, {weights} weights in the encoder; {device}\n")
     path = arguments.output / f"{encoder}.pt"
     if arguments.resume and path.exists():
-        run.resume(path, device)
+        run.resume(path, device, dataset)
         print(f"continuing {path} after epoch {len(run.history)}")
     print(f"{'epoch':>6}{'loss':>9}" + "".join(f"{x:>9}" for x in METRICS) + f"{'time':>9}{'ms/step':>10}")
     for row in run.history:

@@ -216,6 +216,19 @@ def test_recompute_gives_the_same_bits(recompute, device, deterministic):
             assert torch.equal(want, found[1][name]), name
 
 
+@pytest.mark.parametrize("recompute", [(), ("norm",), ("norm", "projection"), _RECOMPUTE], ids="+".join)
+@pytest.mark.parametrize("changed", ["input", "input_norm_weight", "uvqk.weight"])
+def test_changes_in_place_are_noticed(changed, recompute, device):
+    layer = HSTULayer(16, 2, max_seq_len=8, norm_affine=True, recompute=recompute).to(device)
+    leaf = torch.randn(5, 16, device=device, requires_grad=True)
+    x = leaf * 1
+    y = layer(x, torch.tensor([0, 5], device=device))
+    with torch.no_grad():
+        (x if changed == "input" else layer.get_parameter(changed)).mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("recompute", "kept"),
     [((), 11), (("norm",), 10), (("norm", "silu"), 7), (("projection", "silu"), 3), (_RECOMPUTE, 2)],

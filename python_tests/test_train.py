@@ -195,9 +195,11 @@ def table(text):
     return [line.split()[:5] for line in text.splitlines() if re.match(r" +\d+ ", line)]
 
 
-def ratings(path, users=60):
+def ratings(path, users=60, first_item=0):
     """Each user's next item is 3 further on."""
-    rows = [(u, (7 * u + 3 * i) % 50, 3 + u % 3, 1000 * u + i) for u in range(users) for i in range(4 + u % 9)]
+    rows = [
+        (u, first_item + (7 * u + 3 * i) % 50, 3 + u % 3, 1000 * u + i) for u in range(users) for i in range(4 + u % 9)
+    ]
     path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
     return path
 
@@ -239,6 +241,12 @@ def test_resume_gives_the_same_bits(tmp_path, monkeypatch, capsys):
         assert all(torch.equal(a["state"][x], b["state"][x]) for x in a["state"])
     status, _, err = command(monkeypatch, capsys, *given, "--lr", 0.5, "--output", folders[1], "--resume")
     assert status == 2 and "lr" in err
+    ratings(data, first_item=7)
+    status, _, err = command(monkeypatch, capsys, *given, "--output", folders[1], "--resume")
+    assert status == 2 and "other items" in err
+    (folders[1] / "hstu.pt").write_bytes(b"PK")
+    status, _, err = command(monkeypatch, capsys, *given, "--output", folders[1], "--resume")
+    assert status == 2 and "no checkpoint" in err
 
 
 def test_seed_decides(tmp_path, monkeypatch, capsys):
