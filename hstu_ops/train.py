@@ -134,7 +134,7 @@ def _dataset(arguments: argparse.Namespace) -> Dataset:
 def fit(encoder: str, dataset: Dataset, arguments: argparse.Namespace) -> Run:
     """Trains one model; prints as it goes."""
     stream, device = dataset.stream, arguments.device
-    epochs = (5 if stream else 30) if arguments.epochs is None else arguments.epochs
+    epochs = arguments.epochs or (5 if stream else 30)
     run = _start(encoder, dataset, arguments, epochs)
     weights = sum(p.numel() for n, p in run.model.named_parameters() if n.startswith("encoder."))
     print(f"\n{encoder}: {arguments.layers} layers, {weights} weights in the encoder; {device}\n")
@@ -170,7 +170,7 @@ def _start(encoder: str, dataset: Dataset, arguments: argparse.Namespace, epochs
     torch.manual_seed(arguments.seed)
     model = HSTURecommender(
         dataset.num_items,
-        max_seq_len=(128 if stream else 200) if arguments.max_seq_len is None else arguments.max_seq_len,
+        max_seq_len=arguments.max_seq_len or (128 if stream else 200),
         embedding_dim=arguments.dim,
         num_layers=arguments.layers,
         num_heads=arguments.heads,

@@ -348,13 +348,7 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
                          static_cast<float>(a.scale.value),
                          ScoreFactors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense)};
-  const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
-    return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
-  };
-  if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk, C::kQueries); !s.ok()) return s;
-  if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v, C::kQueries); !s.ok()) return s;
-  if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kKeys); !s.ok()) return s;
-  if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kKeys); !s.ok()) return s;
+  if (Status s = make_tensor_maps(arguments, params, C::kQueries, C::kKeys); !s.ok()) return s;
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
   return launch<attention_bwd_kernel<C, T>, false>(arguments, items < processors ? items : processors, C::kThreads,
                                                    C::kSharedBytes, stream);

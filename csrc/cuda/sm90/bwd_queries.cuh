@@ -410,13 +410,7 @@ Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, in
                                 query_schedule(a),
                                 Tickets(tickets),
                                 ScoreFactors(a.alpha, Score<T>::kArgument, std::is_same_v<Bias, DenseBias>)};
-  const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
-    return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
-  };
-  if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk, C::kRows); !s.ok()) return s;
-  if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v, C::kRows); !s.ok()) return s;
-  if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
-  if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
+  if (Status s = make_tensor_maps(arguments, params, C::kRows, C::kCols); !s.ok()) return s;
   return launch<attention_bwd_queries_kernel<C, T, Bias>, true>(arguments, items < processors ? items : processors,
                                                                 C::kThreads, C::kSharedBytes, stream);
 }

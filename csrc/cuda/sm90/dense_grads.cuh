@@ -401,13 +401,7 @@ Status attention_dense_grads(const AttentionBwdParams& params, void* tickets, in
   static_assert(Score<T>::kArgument == Score<T>::kSlope, "alpha is folded as the backward folds it");
   DenseGradsArguments arguments{
       {}, {}, {}, {}, params, Tickets(tickets), tiles, parts, items, static_cast<float>(a.alpha) * Score<T>::kArgument};
-  const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim) {
-    return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, C::kTile);
-  };
-  if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk); !s.ok()) return s;
-  if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v); !s.ok()) return s;
-  if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk); !s.ok()) return s;
-  if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v); !s.ok()) return s;
+  if (Status s = make_tensor_maps(arguments, params, C::kTile, C::kTile); !s.ok()) return s;
   if (parts > 1)
     HSTU_TRY(cudaMemsetAsync(params.grad_bias, 0, sizeof(float) * matrices * a.dense.size * a.dense.size, stream));
   return launch<attention_dense_grads_kernel<C, T>, false>(arguments, items < processors ? items : processors,

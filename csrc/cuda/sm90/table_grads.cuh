@@ -451,13 +451,7 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, void* 
                            tables.time,
                            heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
-  const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim) {
-    return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, kTableTile);
-  };
-  if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk); !s.ok()) return s;
-  if (Status s = make(arguments.grad_out, params.grad_out, a.jagged.total_q, a.dim_v); !s.ok()) return s;
-  if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk); !s.ok()) return s;
-  if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v); !s.ok()) return s;
+  if (Status s = make_tensor_maps(arguments, params, kTableTile, kTableTile); !s.ok()) return s;
   // At 128 dimensions without times, loads take longer than waiting at the end.
   if (heads > 1 && (C::kDim == 64 || a.relative.time_weight))
     widen_groups(arguments.schedule, a, 2 * kTableTile * heads, processors);

@@ -49,4 +49,17 @@ inline Status make_tensor_map(CUtensorMap& map, DType type, const View& view, in
   return {};
 }
 
+// The four of a kernel of the backward: boxes of so many rows of queries and dO, and of keys and values.
+template <class Arguments>
+Status make_tensor_maps(Arguments& to, const AttentionBwdParams& params, int query_rows, int key_rows) {
+  const AttentionProblem& a = params.problem;
+  const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
+    return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
+  };
+  if (Status s = make(to.q, a.q, a.jagged.total_q, a.dim_qk, query_rows); !s.ok()) return s;
+  if (Status s = make(to.grad_out, params.grad_out, a.jagged.total_q, a.dim_v, query_rows); !s.ok()) return s;
+  if (Status s = make(to.k, a.k, a.jagged.total_kv, a.dim_qk, key_rows); !s.ok()) return s;
+  return make(to.v, a.v, a.jagged.total_kv, a.dim_v, key_rows);
+}
+
 }  // namespace hstu_ops::cuda::sm90
