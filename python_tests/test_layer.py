@@ -229,6 +229,17 @@ def test_changes_in_place_are_noticed(changed, recompute, device):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("changed", ["input_norm_bias", "uvqk.bias"])
+def test_changed_biases_are_noticed(changed, device):
+    """No gradient needs their values, so that autograd does not keep them; what is computed again does."""
+    layer = HSTULayer(16, 2, max_seq_len=8, norm_affine=True, uvqk_bias=True, recompute=_RECOMPUTE).to(device)
+    y = layer(torch.randn(5, 16, device=device), torch.tensor([0, 5], device=device))
+    with torch.no_grad():
+        layer.get_parameter(changed).add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("recompute", "kept"),
     [((), 11), (("norm",), 10), (("norm", "silu"), 7), (("projection", "silu"), 3), (_RECOMPUTE, 2)],
