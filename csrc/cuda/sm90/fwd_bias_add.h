@@ -67,7 +67,7 @@ __device__ __forceinline__ void search(const TimeTerm& time, int row, int col, i
 }
 
 // The terms that a tile's note has no shortcut for. Half of the scores at a time wait in 2 KB of shared memory, so that
-// the loop is rolled and finds registers.
+// the loop over them is rolled and finds registers; the halves are not (rolled, too: a third slower).
 template <bool kTransposed>
 __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, const Job& job, const WarpNote& note,
                                                unsigned code, const BiasTile& at, float argument,
@@ -75,7 +75,7 @@ __device__ __forceinline__ void add_one_by_one(const AttentionProblem& problem, 
   const Lane lane;
   const uint32_t slot = at.scratch + lane.id * 16;
   const int row = at.row + lane.row();
-#pragma unroll 1
+#pragma unroll
   for (int first = 0; first < 8; first += 4) {
     s.each_block_from<4>(
         first, [&](float(&x)[4], int n) { ptx::st_shared(slot + n % 4 * 512, make_float4(x[0], x[1], x[2], x[3])); });
