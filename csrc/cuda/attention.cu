@@ -169,8 +169,8 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
   std::string refusal = sm90_refusal(a, processors);
   constexpr int kMostDims = 128;
-  if (refusal.empty() && has_relative_bias(a) && (params.deterministic || head_dim(a) > kMostDims))
-    refusal = "with a relative bias, it takes up to 128 dimensions, in no fixed order";
+  if (refusal.empty() && has_relative_bias(a) && head_dim(a) > kMostDims)
+    refusal = "with a relative bias, it takes up to 128 dimensions";
   constexpr int64_t kMostTableRows = 1 << 24;  // steps along a diagonal have 19 bits
   if (refusal.empty() && (params.grad_position_weight || params.grad_time_weight) && a.jagged.total_q > kMostTableRows)
     refusal = "with gradients of bias tables, it takes up to 2^24 rows of queries";

@@ -54,7 +54,8 @@ struct BwdTile {
   __device__ int first() const { return job.item.block * C::kKeys; }
   __device__ RowScale scale() const { return RowScale(problem().scale, job.item.sequence, job.sequence.begin_q); }
   __device__ BiasGradients tables() const {
-    return {arguments.workspace.position, arguments.workspace.time, job.item.head, Score<T>::kSlope * job.factor};
+    return {arguments.workspace.tables.position, arguments.workspace.tables.time, job.item.head,
+            Score<T>::kSlope * job.factor};
   }
 
   __device__ __forceinline__ void load_keys() const {
@@ -430,7 +431,7 @@ Status launch_bwd(const AttentionBwdParams& params, void* memory, cudaStream_t s
   const int bytes = C::kSharedBytes + Bias::shared_bytes(C::kWarps);
   HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   HSTU_TRY(cudaMemsetAsync(memory, 0, arguments.workspace.bytes, stream));
-  for (const TableSums* t : {&arguments.workspace.position, &arguments.workspace.time})
+  for (const TableSums* t : {&arguments.workspace.tables.position, &arguments.workspace.tables.time})
     if (t->sums && !t->words) HSTU_TRY(cudaMemsetAsync(t->sums, 0, t->entries * sizeof(float), stream));
   const int64_t blocks = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
   kernel<<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(arguments);

@@ -47,9 +47,7 @@ __global__ void __launch_bounds__(256) attention_bwd_finish_kernel(const __grid_
       }
     }
   }
-  for (const TableSums* t : {&f.workspace.position, &f.workspace.time})
-    if (t->words)
-      for (int64_t i = thread; i < t->entries; i += stride) t->sums[i] = t->total(i);
+  f.workspace.tables.round(thread, stride);
 }
 
 template <class T>
@@ -57,9 +55,7 @@ Status finish_bwd(const AttentionBwdParams& params, const BwdWorkspace& workspac
                   cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   const int64_t chunks = a.jagged.total_q * a.heads * (padded_dim / 16);
-  const int64_t most = workspace.position.entries + workspace.time.entries > chunks
-                           ? workspace.position.entries + workspace.time.entries
-                           : chunks;
+  const int64_t most = workspace.tables.entries() > chunks ? workspace.tables.entries() : chunks;
   const int64_t blocks = (most + 1023) / 1024;
   constexpr int64_t kMost = 1 << 20;
   attention_bwd_finish_kernel<T><<<static_cast<unsigned>(blocks < 1       ? 1

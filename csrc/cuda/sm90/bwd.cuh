@@ -28,7 +28,6 @@
 #include "cuda/sm90/bwd_wide.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -37,9 +36,10 @@ namespace hstu_ops::cuda::sm90 {
 template <class C, class T>
 struct BwdComputer : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
-  using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
-      Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores, Base::release, Base::score,
-      Base::shared, Base::start_dense, Base::store, Base::sync, Base::thread, Base::warp_key;
+  using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_bias, Base::await_keys, Base::await_scores,
+      Base::await_tile, Base::barrier, Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores,
+      Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores, Base::store, Base::sync,
+      Base::thread, Base::turn_tables, Base::warp_key;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -101,14 +101,9 @@ struct BwdComputer : BwdGroup<C, T> {
     }
   }
 
-  // dS of the tile before the last is used up.
-  __device__ __forceinline__ void await_scores() const {
-    barrier().score.empty[tiles.stage<C::kScoreStages>()].wait(tiles.round<C::kScoreStages>() ^ 1);
-  }
-
   // dS' to shared memory, for all warpgroups.
   __device__ __forceinline__ void put_scores(const Operand& ds) {
-    await_scores();
+    await_scores(tiles);
     const int row = warp_key() + lane_id() % 16, chunk = lane_id() / 16;
 #pragma unroll
     for (int step = 0; step < C::kQueries / 16; ++step)
@@ -116,28 +111,6 @@ struct BwdComputer : BwdGroup<C, T> {
                        ds[step]);
     ptx::fence_proxy_async();
     arrive_warp(barrier().score.full[tiles.stage<C::kScoreStages>()]);
-  }
-
-  __device__ __forceinline__ void await_bias() const {
-    if constexpr (C::kBias) barrier().bias.full[tiles.stage<C::kBiasStages>()].wait(tiles.round<C::kBiasStages>());
-  }
-  // What the product S' is added to. Scratch is this warp's share of where dS' goes.
-  __device__ __forceinline__ void start_scores(const Job& job, BwdTile tile, Scores& s) const {
-    if constexpr (C::kBias) {
-      await_bias();
-      const int warp = ptx::thread_index() / 32 - 4;  // read again: kept, it would take a register
-      const auto at = [&]() -> BiasTile {
-        return {warp, job.item.block * C::kKeys + warp * 16, job.sequence.first_row + tile.tile() * C::kQueries,
-                shared.state.rows[items.stage<kBwdJobs>()].times + warp * 16,
-                shared.score_panel(tiles.stage<C::kScoreStages>(), 0).base + warp * 2048};
-      };
-      start_from_bias(arguments.params.problem, job,
-                      BiasStage<typename C::Relative>(shared.bias_stage(tiles.stage<C::kBiasStages>())),
-                      shared.bias_tables(), at, arguments.factors.bias, reinterpret_cast<Accumulator<1, 8>&>(s),
-                      [this] { await_scores(); });
-      ptx::wgmma_settle(s);
-    }
-    if constexpr (C::kDense) start_dense(job, tile, s);
   }
 
   __device__ __forceinline__ void begin_grads(Scores& d) const {
@@ -155,12 +128,12 @@ struct BwdComputer : BwdGroup<C, T> {
     {
       Scores s, d;
       constexpr bool kGradsFirst = kStarts && !C::kTurns;  // the bias beside dP'; by turns it would spill 4 bytes
-      if (!kGradsFirst) start_scores(job, tile, s);
+      if (!kGradsFirst) start_scores(job, tile, items, tiles, s);
       if (!tile.covered(group)) bits = keep_bits(job, tile);
       ptx::wgmma_fence();
       if (kGradsFirst) {
         begin_grads(d);
-        start_scores(job, tile, s);
+        start_scores(job, tile, items, tiles, s);
         ptx::wgmma_fence();
       }
       multiply_scores<kStarts>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
@@ -192,13 +165,13 @@ struct BwdComputer : BwdGroup<C, T> {
   __device__ __forceinline__ void release_tile() {
     release(barrier().query.empty[tiles.stage<C::kQueryStages>()]);
     release(barrier().grad.empty[tiles.stage<C::kGradStages>()]);
-    if constexpr (C::kBias) release(barrier().bias.empty[tiles.stage<C::kBiasStages>()]);
+    release_bias(tiles);
     tiles.next();
   }
 
   // Nothing kept: its rows of dS are zeros.
   __device__ __forceinline__ void skip_tile() {
-    await_bias();
+    await_bias(tiles);
     if (C::kQuerySums) {
       Operand zero;
 #pragma unroll
@@ -241,9 +214,7 @@ struct BwdComputer : BwdGroup<C, T> {
 #pragma unroll
       for (int i = 0; i < C::kDim / 2; ++i) dk[i] = dv[i] = 0.f;
       await_keys(job, items);
-      if constexpr (C::kBias)
-        shared.bias_tables().turn(arguments.params.problem.relative, job.item.head, arguments.factors.bias,
-                                  threadIdx.x - 128, 128 * C::kGroups, [] { meet(1 + C::kGroups, 128 * C::kGroups); });
+      turn_tables(job);
       compute(job, dk, dv);
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
       const AttentionBwdParams& params = arguments.params;
@@ -308,7 +279,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
     } else if constexpr (C::kBias) {
       if (warp == 3) {
         BwdNoter<C, T>(arguments, shared).run();
-      } else if (lane_id() == 0) {
+      } else if (C::kQuerySums && lane_id() == 0) {
         add_sums<C::kSumStages>(shared, 0);
       }
     } else if (C::kQuerySums && lane_id() == 0) {
@@ -396,18 +367,19 @@ Status attention_bwd_dense(const AttentionBwdParams& params, void* memory, int p
 
 // See table_grads.cuh.
 template <class T, int kDim>
-Status attention_table_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream);
+Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
+                             cudaStream_t stream);
 
-// With a relative bias, not deterministic. Table gradients are wanted or not.
+// With a relative bias. Table gradients are wanted or not.
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
-  const BwdWorkspace tables = BwdWorkspace::plan(params, kDim, 64, nullptr);
-  for (const TableSums* t : {&tables.position, &tables.time})
-    if (t->sums) HSTU_TRY(cudaMemsetAsync(t->sums, 0, t->entries * sizeof(float), stream));
   const BwdScratch scratch(params, kDim, memory);
-  if (Status s = attention_bwd_sums<BwdBiasConfig<kDim>, T>(params, scratch, processors, stream); !s.ok()) return s;
-  if (!tables.position.sums && !tables.time.sums) return {};
-  return attention_table_grads<T, kDim>(params, scratch.bias_tickets, processors, stream);
+  const TableSums &position = scratch.tables.position, &time = scratch.tables.time;
+  for (const TableSums* t : {&position, &time})
+    if (t->sums) HSTU_TRY(cudaMemsetAsync(t->start(), 0, t->bytes(), stream));
+  if (Status s = attention_bwd<T, kDim, RelativeBias>(params, scratch, processors, stream); !s.ok()) return s;
+  if (!position.sums && !time.sums) return {};
+  return attention_table_grads<T, kDim>(params, scratch, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

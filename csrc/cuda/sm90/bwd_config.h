@@ -60,14 +60,17 @@ struct BwdConfig<128, kQuerySums> : BwdShape<128, kQuerySums, 64, 2, 1, 2, 2> {}
 template <>
 struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
 
-// With relative bias, which takes the place of keys loaded ahead.
+// With relative bias, which may take the place of keys loaded ahead.
 template <class Shape, int kCells, int kNotedTiles, int kLoads, int kCompute>
 struct BwdBiasShape : Shape {
   static constexpr bool kBias = true;
   using Relative = BiasShape<Shape::kKeys, true, kCells, kNotedTiles>;
   using Notes = NoteQueue<Relative, 1, 2 * kNotedTiles>;
   static constexpr int kBiasStages = 4, kBiasStageBytes = BiasStage<Relative>::kBytes;
-  static constexpr int kBiasBytes = BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes;
+  // 2 KB a warp for scores that wait: where dS or slopes go later, or a place of their own.
+  static constexpr bool kScratch = !Shape::kQuerySums && Shape::kSplitKeys;
+  static constexpr int kBiasBytes =
+      BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes + kScratch * Shape::kKeys * 128;
   static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes;
   static constexpr int kTimeRows = Shape::kKeys;
   static constexpr int kClaimTiles = Shape::kClaimTiles + 2;  // notes take longer than tiles to load
@@ -76,20 +79,28 @@ struct BwdBiasShape : Shape {
   static_assert(Shape::kQueries == Relative::kCols);
 };
 
+template <int kDim, bool kQuerySums>
+struct BwdBiasConfig;
+template <>
+struct BwdBiasConfig<64, true> : BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 3>, 4096, 2, 32, 160> {};
+template <>
+struct BwdBiasConfig<128, true> : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, 2432, 4, 40, 232> {};
+template <>
+struct BwdBiasConfig<64, false> : BwdBiasShape<BwdShape<64, false, 64, 2, 2, 4, 4>, 4096, 4, 40, 232> {};
+template <>
+struct BwdBiasConfig<128, false> : BwdBiasShape<BwdShape<128, false, 64, 2, 1, 2, 2>, 4096, 4, 40, 232> {};
+template <>
+struct BwdBiasConfig<256, false> : BwdBiasShape<BwdConfig<256, false>, 560, 4, 40, 232> {};
+
 // With dense bias, which is read where it is used.
 template <class Shape>
 struct BwdDenseShape : Shape {
   static constexpr bool kDense = true;
 };
 template <int kDim, bool kQuerySums, class Bias>
-using BwdConfigOf = std::conditional_t<std::is_same_v<Bias, DenseBias>, BwdDenseShape<BwdConfig<kDim, kQuerySums>>,
-                                       BwdConfig<kDim, kQuerySums>>;
-
-template <int kDim>
-struct BwdBiasConfig;
-template <>
-struct BwdBiasConfig<64> : BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 3>, 4096, 2, 32, 160> {};
-template <>
-struct BwdBiasConfig<128> : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, 2432, 4, 40, 232> {};
+using BwdConfigOf =
+    std::conditional_t<std::is_same_v<Bias, DenseBias>, BwdDenseShape<BwdConfig<kDim, kQuerySums>>,
+                       std::conditional_t<std::is_same_v<Bias, RelativeBias>, BwdBiasConfig<kDim, kQuerySums>,
+                                          BwdConfig<kDim, kQuerySums>>>;
 
 }  // namespace hstu_ops::cuda::sm90

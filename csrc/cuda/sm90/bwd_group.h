@@ -76,13 +76,55 @@ struct BwdGroup {
       ptx::Wgmma<C::kDim, T>::multiply_fragment(sums, scores[step], b.at(step * 2048));
   }
 
-  __device__ __forceinline__ void start_dense(const Job& job, BwdTile tile, Scores& s) const {
-    const DenseBias bias(arguments.params.problem, job, nullptr);
-    const int key = job.item.block * C::kKeys + warp_key(), query = job.sequence.first_row + tile.tile() * C::kQueries;
+  // dS of the tile two before is used up.
+  __device__ __forceinline__ void await_scores(Count tile) const {
+    barrier().score.empty[tile.stage<C::kScoreStages>()].wait(tile.round<C::kScoreStages>() ^ 1);
+  }
+  // Slopes likewise.
+  __device__ __forceinline__ void await_slopes(Count tile) const {
+    barrier().slope.empty[tile.stage<2>()].wait(tile.round<2>() ^ 1);
+  }
+  __device__ __forceinline__ void await_bias(Count tile) const {
+    if constexpr (C::kBias) barrier().bias.full[tile.stage<C::kBiasStages>()].wait(tile.round<C::kBiasStages>());
+  }
+  __device__ __forceinline__ void release_bias(Count tile) const {
+    if constexpr (C::kBias) release(barrier().bias.empty[tile.stage<C::kBiasStages>()]);
+  }
+
+  // What the product S' is added to.
+  __device__ __forceinline__ void start_scores(const Job& job, BwdTile tile, Count item, Count count, Scores& s) const {
+    if constexpr (C::kBias) {
+      await_bias(count);
+      const int warp = ptx::thread_index() / 32 - 4;  // read again: kept, it would take a register
+      const auto at = [&]() -> BiasTile {
+        return {warp, job.item.block * C::kKeys + warp * 16, job.sequence.first_row + tile.tile() * C::kQueries,
+                shared.state.rows[item.stage<kBwdJobs>()].times + warp * 16, shared.scratch(count) + warp * 2048};
+      };
+      start_from_bias(arguments.params.problem, job,
+                      BiasStage<typename C::Relative>(shared.bias_stage(count.stage<C::kBiasStages>())),
+                      shared.bias_tables(), at, arguments.factors.bias, reinterpret_cast<Part&>(s), [&] {
+                        if (C::kQuerySums) await_scores(count);
+                        if (!C::kSplitKeys) await_slopes(count);
+                      });
+      ptx::wgmma_settle(s);
+    }
+    if constexpr (C::kDense) {
+      const DenseBias bias(arguments.params.problem, job, nullptr);
+      const int key = job.item.block * C::kKeys + warp_key(),
+                query = job.sequence.first_row + tile.tile() * C::kQueries;
 #pragma unroll
-    for (int i = 0; i < C::kQueries / 64; ++i)
-      start_from_dense<true>(bias, key, query + i * 64, arguments.factors, reinterpret_cast<Part&>(s[i * 32]));
-    ptx::wgmma_settle(s);
+      for (int i = 0; i < C::kQueries / 64; ++i)
+        start_from_dense<true>(bias, key, query + i * 64, arguments.factors, reinterpret_cast<Part&>(s[i * 32]));
+      ptx::wgmma_settle(s);
+    }
+  }
+  // By the warpgroups that have S', before an item.
+  __device__ __forceinline__ void turn_tables(const Job& job) const {
+    if constexpr (C::kBias) {
+      constexpr int kThreads = C::kSplitKeys ? 128 * C::kGroups : 128;
+      shared.bias_tables().turn(arguments.params.problem.relative, job.item.head, arguments.factors.bias,
+                                threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+    }
   }
 
   // The tile that has arrived next, without rows of other sequences.

@@ -11,176 +11,39 @@
 //            |                             | dS0 |                       | dS1 |        (the other warpgroup's
 //            products)
 //
-// Scores begin from a dense bias, if there is one.
+// Scores begin from the bias, if there is one; what is to be known of a relative one two more warps prepare
+// (fwd_bias_prepare.h).
 //
-// Barriers, each with the arrivals that complete it:
-//
-//   item_full    the finding warp              item_empty   each computing warpgroup, and the loading warp
-//   query_full   the loading lane, the bytes   query_empty  each computing warpgroup, after its last use of Q and dO
-//   key.full     the loading lane, the bytes   key.empty    each computing warpgroup; value likewise
+// Barriers: see bwd_queries_load.h.
 #pragma once
 
-#include "cuda/ptx/dependent.h"
 #include "cuda/ptx/named_barrier.h"
-#include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/bwd_bias.h"
-#include "cuda/sm90/bwd_queries_config.h"
+#include "cuda/sm90/bwd_queries_load.h"
 #include "cuda/sm90/bwd_store.h"
-#include "cuda/sm90/fwd_items.h"
-#include "cuda/sm90/gate.h"
+#include "cuda/sm90/fwd_bias_prepare.h"
 #include "cuda/sm90/launch.h"
-#include "cuda/sm90/ring.h"
+#include "cuda/sm90/meet.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/sm90/tickets.h"
 #include "cuda/tile/score.h"
 #include "cuda/tile/walk.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-struct BwdQueriesArguments {
-  CUtensorMap q, k, v, grad_out;
-  AttentionBwdParams params;
-  Schedule schedule;
-  Tickets tickets;
-  ScoreFactors factors;
-};
-
-constexpr int kBwdQueriesItems = 3;  // the item in work and the next two
-
-template <class C>
-struct BwdQueriesState {
-  ptx::Mbarrier wanted;
-  Gate<kBwdQueriesItems> item;
-  Gate<1> query;
-  Gate<C::kKeyStages> key;
-  Gate<C::kValueStages> value;
-  FwdItem<C> items[kBwdQueriesItems];
-
-  __device__ void init() {
-    wanted.init(1), item.init(1, C::kGroups + 1);
-    query.init(1, C::kGroups), key.init(1, C::kGroups), value.init(1, C::kGroups);
-    ptx::fence_mbarrier_init();
-  }
-};
-
-template <class C, class T>
-struct BwdQueriesStorage {
-  BwdQueriesState<C>& state;
-  uint32_t queries, grads, keys, values;
-
-  __device__ BwdQueriesStorage(BwdQueriesState<C>& state, const unsigned char* memory) : state(state) {
-    queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
-    grads = queries + C::kQueryBytes;
-    keys = grads + C::kQueryBytes;
-    values = keys + C::kKeyStages * C::kKeyBytes;
-  }
-  __device__ uint32_t key(Count at) const { return keys + at.stage<C::kKeyStages>() * C::kKeyBytes; }
-  __device__ uint32_t value(Count at) const { return values + at.stage<C::kValueStages>() * C::kKeyBytes; }
-};
-
-// ---- the finding warp ----
-
-template <class C, class T>
-__device__ void find_query_items(const BwdQueriesArguments& arguments, const BwdQueriesStorage<C, T>& shared) {
-  const AttentionProblem& problem = arguments.params.problem;
-  WorkFinder<C::kRows, false> finder(arguments.schedule);
-  bool first = true, more = true;
-  unsigned wanted = 0;
-  for (Ring<kBwdQueriesItems> at; more; at.next()) {
-    FwdItem<C>& job = shared.state.items[at.stage];
-    shared.state.item.empty[at.stage].wait(at.round ^ 1);
-    if (!first) shared.state.wanted.wait(wanted), wanted ^= 1;
-    const int64_t ticket = arguments.tickets.take(first);
-    const WorkItem item = finder.find(ticket);
-    first = false, more = item.block >= 0;
-    if (more) job.set(item, load_sequence(problem.jagged, problem.mask, item.sequence), ticket, 0, 1);
-    if (lane_id() == 0) job.more = more;
-    __syncwarp();
-    if (lane_id() == 0) shared.state.item.full[at.stage].arrive();
-  }
-  if (lane_id() == 0) arguments.tickets.close();
-  ptx::wait_for_prerequisites();  // nothing here needs them, but whoever waits for this kernel means both
-}
-
-// ---- the loading warp ----
-
-template <class C, class T>
-struct BwdQueriesLoader {
-  const BwdQueriesArguments& arguments;
-  const BwdQueriesStorage<C, T>& shared;
-  Count items, tiles;  // so far
-
-  // Panels of kRows rows from `row` on; one lane asks.
-  template <int kRows>
-  __device__ void load(const CUtensorMap& map, ptx::Mbarrier& full, uint32_t to, int head, int row) const {
-    for (int p = 0; p < C::kPanels; ++p) ptx::tma_load_3d(to + p * kRows * 128, map, full, p * kPanel, head, row);
-  }
-  __device__ void load_queries(const FwdItem<C>& item) const {
-    Gate<1>& gate = shared.state.query;
-    gate.empty[0].wait(items.round<1>() ^ 1);
-    if (lane_id() != 0) return;
-    const int row = static_cast<int>(item.job.sequence.begin_q) + item.first, head = item.job.item.head;
-    gate.full[0].arrive_expect_tx(2 * C::kQueryBytes);
-    load<C::kRows>(arguments.q, gate.full[0], shared.queries, head, row);
-    load<C::kRows>(arguments.grad_out, gate.full[0], shared.grads, head, row);
-  }
-  template <int kStages>
-  __device__ void load_tile(const CUtensorMap& map, Gate<kStages>& gate, uint32_t to, int head, int row) const {
-    const int stage = tiles.stage<kStages>();
-    gate.empty[stage].wait(tiles.round<kStages>() ^ 1);
-    if (lane_id() != 0) return;
-    gate.full[stage].arrive_expect_tx(C::kKeyBytes);
-    load<C::kCols>(map, gate.full[stage], to, head, row);
-  }
-
-  // The next item is claimed only now, near the end of this one: whoever is ahead takes more.
-  __device__ void want_item() const {
-    if (lane_id() == 0) shared.state.wanted.arrive();
-  }
-
-  __device__ void load_item(const FwdItem<C>& item) {
-    const TileSpans walk = item.tiles();
-    const int head = item.job.item.head, begin = static_cast<int>(item.job.sequence.begin_kv);
-    bool queries = false;
-    int left = walk.size();
-    if (left <= C::kClaimTiles) want_item();
-    for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
-      const int row = begin + tile * C::kCols;
-      load_tile(arguments.k, shared.state.key, shared.key(tiles), head, row);
-      if (!queries) load_queries(item), queries = true;  // behind keys, which need not wait for the item before
-      load_tile(arguments.v, shared.state.value, shared.value(tiles), head, row);
-      tiles.next();
-      if (--left == C::kClaimTiles) want_item();
-    }
-    if (!queries) load_queries(item);
-  }
-
-  __device__ void run() {
-    for (;; items.next()) {
-      const int stage = items.stage<kBwdQueriesItems>();
-      shared.state.item.full[stage].wait(items.round<kBwdQueriesItems>());
-      const FwdItem<C>& item = shared.state.items[stage];
-      if (!item.more) return;
-      load_item(item);
-      __syncwarp();
-      if (lane_id() == 0) shared.state.item.empty[stage].arrive();
-    }
-  }
-};
-
 // ---- a computing warpgroup ----
 
-template <class C, class T, class Bias>
+template <class C, class T>
 struct BwdQueriesComputer {
-  static constexpr bool kStarts = std::is_same_v<Bias, DenseBias>;  // scores begin from the bias
+  static constexpr bool kDense = std::is_same_v<typename C::Bias, DenseBias>, kRelative = C::kPreparers > 0;
+  static constexpr bool kStarts = kDense || kRelative;  // scores begin from the bias
   using Scores = float[C::kCols / 2];
   using Sums = float[C::kDim / 2];
   using Operand = uint32_t[C::kCols / 16][4];
   using Tile = Accumulator<1, C::kCols / 8>;  // the scores again
 
   const BwdQueriesArguments& arguments;
-  const BwdQueriesStorage<C, T>& shared;
+  const BwdQueriesStorage<C>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
   const float alpha = static_cast<float>(arguments.params.problem.alpha);
   Count items, tiles;  // so far
@@ -191,7 +54,16 @@ struct BwdQueriesComputer {
   __device__ void release(ptx::Mbarrier& empty) const {
     if (thread() == 0) empty.arrive();
   }
-  __device__ void release_keys(Count at) const { release(shared.state.key.empty[at.stage<C::kKeyStages>()]); }
+  __device__ void await_bias() const {
+    if constexpr (kRelative)
+      shared.barrier.bias.full[tiles.stage<C::kBiasStages>()].wait(tiles.round<C::kBiasStages>());
+  }
+  // Of the tile's first use: its values, and its bias.
+  __device__ void release_values() const {
+    release(shared.barrier.value.empty[tiles.stage<C::kValueStages>()]);
+    if constexpr (kRelative) release(shared.barrier.bias.empty[tiles.stage<C::kBiasStages>()]);
+  }
+  __device__ void release_keys(Count at) const { release(shared.barrier.key.empty[at.stage<C::kKeyStages>()]); }
 
   // S = Q K^T or dP = dO V^T, begun.
   template <bool kAdd = false>
@@ -202,21 +74,35 @@ struct BwdQueriesComputer {
       ptx::Wgmma<C::kCols, T>::multiply_rows(s, a.at(i / 4 * C::kRows * 128 + i % 4 * 32),
                                              b.at(i / 4 * C::kCols * 128 + i % 4 * 32), kAdd || i > 0);
   }
-  __device__ __forceinline__ void multiply_queries(const FwdItem<C>& item, int tile, Scores& s) const {
-    if constexpr (kStarts) {
-      const Job& job = item.job;
+  // What the product S is added to.
+  __device__ __forceinline__ void start_scores(const FwdItem<C>& item, int tile, Scores& s) const {
+    const Job& job = item.job;
+    if constexpr (kDense)
       start_from_dense<false>(DenseBias(arguments.params.problem, job, nullptr),
                               job.sequence.first_row + item.first + warp_row(), tile * C::kCols, arguments.factors,
                               reinterpret_cast<Tile&>(s));
-      ptx::wgmma_settle(s);
+    if constexpr (kRelative) {
+      await_bias();
+      const int warp = ptx::thread_index() / 32 - 4;  // read again: kept, it would take a register
+      const auto at = [&]() -> BiasTile {
+        return {warp, job.sequence.first_row + item.first + warp * 16, tile * C::kCols, item.times + warp * 16,
+                shared.scratch(warp)};
+      };
+      start_from_bias(arguments.params.problem, job,
+                      BiasStage<typename C::Relative>(shared.bias_stage(tiles.stage<C::kBiasStages>())),
+                      shared.bias_tables(), at, arguments.factors.bias, reinterpret_cast<Tile&>(s), [] {});
     }
-    shared.state.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
+    if constexpr (kStarts) ptx::wgmma_settle(s);
+  }
+  __device__ __forceinline__ void multiply_queries(const FwdItem<C>& item, int tile, Scores& s) const {
+    start_scores(item, tile, s);
+    shared.barrier.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
     ptx::wgmma_fence();
     multiply_rows<kStarts>(s, shared.queries, shared.key(tiles));
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void multiply_grads(Scores& d) const {
-    shared.state.value.full[tiles.stage<C::kValueStages>()].wait(tiles.round<C::kValueStages>());
+    shared.barrier.value.full[tiles.stage<C::kValueStages>()].wait(tiles.round<C::kValueStages>());
     ptx::wgmma_fence();
     multiply_rows(d, shared.grads, shared.value(tiles));
     ptx::wgmma_commit();
@@ -267,11 +153,12 @@ struct BwdQueriesComputer {
 
   // Gives back a tile of which this warpgroup keeps nothing. No keys may be held: the loading warp would wait for them.
   __device__ __forceinline__ void skip_tile() {
-    shared.state.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
-    shared.state.value.full[tiles.stage<C::kValueStages>()].wait(tiles.round<C::kValueStages>());
+    shared.barrier.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
+    shared.barrier.value.full[tiles.stage<C::kValueStages>()].wait(tiles.round<C::kValueStages>());
+    await_bias();
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
     release_keys(tiles);
-    release(shared.state.value.empty[tiles.stage<C::kValueStages>()]);
+    release_values();
     tiles.next();
   }
 
@@ -282,8 +169,8 @@ struct BwdQueriesComputer {
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(s);
     ptx::wgmma_settle(d);
-    release(shared.state.value.empty[tiles.stage<C::kValueStages>()]);
-    if (last) release(shared.state.query.empty[0]);
+    release_values();
+    if (last) release(shared.barrier.query.empty[0]);
     differentiate(s, d, covered, keep);
     round(d, ds);
   }
@@ -323,10 +210,10 @@ struct BwdQueriesComputer {
   __device__ __forceinline__ void compute(const FwdItem<C>& item, Sums& dq) {
     const TileSpans walk = item.tiles();
     const GroupTiles& groups = item.groups[group];
-    shared.state.query.full[0].wait(items.round<1>());
+    shared.barrier.query.full[0].wait(items.round<1>());
     if (groups.none()) {
       sync();  // as in skip_tile
-      release(shared.state.query.empty[0]);
+      release(shared.barrier.query.empty[0]);
     }
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       if (groups.kept.has(tile)) {
@@ -354,52 +241,77 @@ struct BwdQueriesComputer {
 
   __device__ void run() {
     for (;; items.next()) {
-      const int stage = items.stage<kBwdQueriesItems>();
-      shared.state.item.full[stage].wait(items.round<kBwdQueriesItems>());
-      const FwdItem<C>& item = shared.state.items[stage];
+      const int stage = items.stage<kItems>();
+      shared.barrier.item.full[stage].wait(items.round<kItems>());
+      const FwdItem<C>& item = shared.items[stage];
       if (!item.more) return;
+      if constexpr (kRelative) {
+        constexpr int kThreads = 128 * C::kGroups;
+        shared.bias_tables().turn(arguments.params.problem.relative, item.job.item.head, arguments.factors.bias,
+                                  threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+      }
       Sums dq;
 #pragma unroll
       for (int i = 0; i < C::kDim / 2; ++i) dq[i] = 0.f;
       compute(item, dq);
       store(item, dq);
       sync();  // all four warps are done with the item
-      release(shared.state.item.empty[stage]);
+      release(shared.barrier.item.empty[stage]);
     }
   }
 };
 
 // ---- kernel and launch ----
 
-template <class C, class T, class Bias>
+// By the preparing and the computing warps, while the first items are found.
+template <class C>
+__device__ __forceinline__ void make_bias_tables(const BwdQueriesArguments& arguments,
+                                                 const BwdQueriesStorage<C>& shared) {
+  constexpr int kThreads = C::kThreads - 64;
+  shared.bias_tables().clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads);
+  shared.bias_tables().make(arguments.params.problem.relative, arguments.factors.bias, threadIdx.x - 64, kThreads,
+                            [] { meet(2 + C::kGroups, kThreads); });
+}
+
+template <class C, class T>
 __global__ void __launch_bounds__(C::kThreads, 1)
     attention_bwd_queries_kernel(const __grid_constant__ BwdQueriesArguments arguments) {
   extern __shared__ unsigned char memory[];
-  __shared__ BwdQueriesState<C> state;
-  const BwdQueriesStorage<C, T> shared(state, memory);
+  __shared__ BwdQueriesBarriers<C> barriers;
+  __shared__ FwdItem<C> items[kItems];
+  const BwdQueriesStorage<C> shared(barriers, items, memory);
   if (threadIdx.x == 0) {
-    state.init();
+    barriers.init();
     if (blockIdx.x == 0) arguments.tickets.open();
   }
   __syncthreads();
+  if constexpr (C::kPreparers > 0)
+    if (threadIdx.x >= 64) make_bias_tables(arguments, shared);
   if (threadIdx.x < 128) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
-      BwdQueriesLoader<C, T>{arguments, shared, {}, {}}.run();
+      BwdQueriesLoader<C>{arguments, shared, {}, {}}.run();
     } else if (warp == 1) {
       find_query_items(arguments, shared);
+    } else if constexpr (C::kPreparers > 0) {
+      BiasPreparer<C, BwdQueriesStorage<C>> preparer(arguments.params.problem, arguments.factors.bias, shared);
+      if (warp == 2) {
+        preparer.take_notes();
+      } else {
+        preparer.fill_stages();
+      }
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
-    BwdQueriesComputer<C, T, Bias>{arguments, shared}.run();
+    BwdQueriesComputer<C, T>{arguments, shared}.run();
   }
 }
 
-// `tickets`: see tickets.h. Bias: NoBias or DenseBias.
+// `tickets`: see tickets.h. Bias: one of tile/bias.h.
 template <class T, int kDim, class Bias>
 Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
-  using C = BwdQueriesConfig<kDim>;
+  using C = BwdQueriesPlan<BwdQueriesConfig<kDim, Bias>, Bias>;
   const AttentionProblem& a = params.problem;
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
   BwdQueriesArguments arguments{{},
@@ -409,10 +321,10 @@ Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, in
                                 params,
                                 query_schedule(a),
                                 Tickets(tickets),
-                                ScoreFactors(a.alpha, Score<T>::kArgument, std::is_same_v<Bias, DenseBias>)};
+                                ScoreFactors(a.alpha, Score<T>::kArgument, !std::is_same_v<Bias, NoBias>)};
   if (Status s = make_tensor_maps(arguments, params, C::kRows, C::kCols); !s.ok()) return s;
-  return launch<attention_bwd_queries_kernel<C, T, Bias>, true>(arguments, items < processors ? items : processors,
-                                                                C::kThreads, C::kSharedBytes, stream);
+  return launch<attention_bwd_queries_kernel<C, T>, true>(arguments, items < processors ? items : processors,
+                                                          C::kThreads, C::kSharedBytes, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

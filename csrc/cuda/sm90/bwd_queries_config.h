@@ -1,7 +1,11 @@
 // Tile sizes of the Hopper backward's kernel for dQ by compiled head dimension, and the limits they must keep.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/fwd_bias.h"
+#include "cuda/sm90/fwd_items.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -14,21 +18,34 @@ struct BwdQueriesShape {
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
   static constexpr int kQueryBytes = kRows * kDim * 2, kKeyBytes = kCols * kDim * 2;
   static constexpr int kClaimTiles = 6;  // left of an item when the next one is claimed
-  static constexpr int kTimeRows = 1;    // no relative bias: see FwdItem
   static constexpr int kSharedBytes = 2 * kQueryBytes + (kKeyStages + kValueStages) * kKeyBytes + 1024;
   static constexpr int kLoadRegisters = 56, kComputeRegisters = kGroups == 2 ? 224 : 152;
-  static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and items take 2 KB");
   static_assert(kGroups == 2 || kGroups == 3, "see the registers");
 };
 
 // A tile's keys serve two products, its values only the first of them: they are back long before the keys.
-template <int kDim>
+template <int kDim, class Bias>
 struct BwdQueriesConfig;
+template <class Bias>
+struct BwdQueriesConfig<64, Bias> : BwdQueriesShape<64, 3, 4, 3> {};
+template <class Bias>
+struct BwdQueriesConfig<128, Bias> : BwdQueriesShape<128, 2, 4, 3> {};
 template <>
-struct BwdQueriesConfig<64> : BwdQueriesShape<64, 3, 4, 3> {};
-template <>
-struct BwdQueriesConfig<128> : BwdQueriesShape<128, 2, 4, 3> {};
-template <>
-struct BwdQueriesConfig<256> : BwdQueriesShape<256, 2, 2, 1> {};
+struct BwdQueriesConfig<128, RelativeBias> : BwdQueriesShape<128, 2, 4, 2> {};
+template <class Bias>
+struct BwdQueriesConfig<256, Bias> : BwdQueriesShape<256, 2, 2, 1> {};
+
+template <class Shape, class Bias>
+struct BwdQueriesPlan : BiasPlan<Shape, Bias, 4096, 8, Shape::kDim == 64 ? 8 : 4> {
+  using Base = BiasPlan<Shape, Bias, 4096, 8, Shape::kDim == 64 ? 8 : 4>;
+  static constexpr int kScratchBytes = Base::kPreparers ? Shape::kRows * 128 : 0;  // 2 KB a warp
+  static constexpr int kSharedBytes = Shape::kSharedBytes + Base::kBiasBytes + kScratchBytes;
+  // As in the forward.
+  static constexpr bool kSpare = Base::kPreparers && Shape::kGroups == 3;
+  static constexpr int kLoadRegisters = kSpare ? 80 : Shape::kLoadRegisters;
+  static constexpr int kComputeRegisters = kSpare ? 144 : Shape::kComputeRegisters;
+  static_assert(kSharedBytes + 2048 + kItems * (Base::kTimeRows / 16) * 80 <= kSharedMemory,
+                "barriers and items take 2 KB");
+};
 
 }  // namespace hstu_ops::cuda::sm90

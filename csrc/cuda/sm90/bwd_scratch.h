@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "core/params.h"
+#include "cuda/tile/workspace.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -12,23 +13,26 @@ namespace hstu_ops::cuda::sm90 {
 constexpr bool bwd_sums_queries(int padded_dim, bool deterministic) { return padded_dim <= 128 && !deterministic; }
 
 struct BwdScratch {
-  void *key_tickets, *query_tickets, *bias_tickets;  // see tickets.h
-  float* sums;  // [heads][padded dim / 64][total_q][64] of dQ, or none: see bwd_sums.h
-  size_t sum_bytes, bytes;
+  void *key_tickets = nullptr, *query_tickets = nullptr, *bias_tickets = nullptr;  // see tickets.h
+  float* sums = nullptr;  // [heads][padded dim / 64][total_q][64] of dQ, or none: see bwd_sums.h
+  TableGrads tables;
+  size_t sum_bytes, bytes = 0;
 
   // `memory` may be null when only the size matters.
   BwdScratch(const AttentionBwdParams& p, int padded_dim, void* memory) {
-    constexpr size_t kHeader = 256;
     const AttentionProblem& a = p.problem;
-    char* at = static_cast<char*>(memory);
-    key_tickets = at;
-    query_tickets = at ? at + kHeader / 2 : nullptr;
-    bias_tickets = at ? at + kHeader / 4 : nullptr;
-    sums = at ? reinterpret_cast<float*>(at + kHeader) : nullptr;
+    const auto take = [&](size_t size) {
+      void* at = memory ? static_cast<char*>(memory) + bytes : nullptr;
+      bytes += (size + 63) / 64 * 64;
+      return at;
+    };
+    for (void** tickets : {&key_tickets, &query_tickets, &bias_tickets}) *tickets = take(64);
+    take(64);
     sum_bytes = bwd_sums_queries(padded_dim, p.deterministic)
                     ? static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)
                     : 0;
-    bytes = kHeader + sum_bytes;
+    sums = static_cast<float*>(take(sum_bytes));
+    tables = TableGrads::plan(p, take);
   }
 };
 

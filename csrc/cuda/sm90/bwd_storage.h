@@ -10,7 +10,7 @@
 //   slope_full  each warp that writes slopes   slope_empty  each warp that reads them
 //   notes_full  the noting warp                notes_empty  the loading warp
 //   bias_full   each loading lane's copies, and the loading warp
-//                                              bias_empty   each computing warpgroup
+//                                              bias_empty   each computing warpgroup that has S
 //   sum_full    each warp of the warpgroup     sum_empty    the lane that adds to global memory
 #pragma once
 
@@ -63,7 +63,7 @@ struct BwdBarriers {
     key.init(1, C::kGroups), value.init(1, C::kGroups);
     query.init(1, C::kGroups), grad.init(1, C::kGroups);
     score.init(C::kSplitKeys ? 4 * C::kGroups : 4, C::kTurns ? 1 : C::kGroups);
-    slope.init(4, 4), notes.init(1, 1), bias.init(32 + 1, C::kGroups);
+    slope.init(4, 4), notes.init(1, 1), bias.init(32 + 1, C::kSplitKeys ? C::kGroups : 1);
     for (Gate<1>& s : sum) s.init(4, 1);
     ptx::fence_mbarrier_init();
   }
@@ -132,6 +132,12 @@ struct BwdStorage {
     return base + kBias + BiasTables<typename C::Relative>::kBytes + stage * C::kBiasStageBytes;
   }
   __device__ typename C::Notes notes() const { return {bias_stage(C::kBiasStages)}; }
+  // Where a tile's scores wait: free when score.empty or slope.empty says so, or always.
+  __device__ uint32_t scratch(Count tile) const {
+    return C::kQuerySums   ? score_panel(tile.stage<C::kScoreStages>(), 0).base
+           : C::kSplitKeys ? notes().base + C::Notes::kBytes
+                           : slopes(tile.stage<2>());
+  }
   __device__ uint32_t sums(int stage) const { return base + kSums + stage * C::kSumBytes; }
 };
 

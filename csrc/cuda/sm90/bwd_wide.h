@@ -16,8 +16,9 @@ template <class C, class T, bool kHasValues>
 struct BwdHalf : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
-      Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores, Base::release, Base::score,
-      Base::shared, Base::start_dense, Base::store, Base::sync, Base::thread;
+      Base::await_slopes, Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores,
+      Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores, Base::store, Base::sync,
+      Base::thread, Base::turn_tables;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -27,7 +28,7 @@ struct BwdHalf : BwdGroup<C, T> {
 
   // The second warpgroup's dS' is dP' times what the first one knows, here as pairs rounded to T.
   __device__ __forceinline__ void put_slopes(const Operand& slopes) {
-    barrier().slope.empty[tiles.stage<2>()].wait(tiles.round<2>() ^ 1);
+    await_slopes(tiles);
 #pragma unroll
     for (int step = 0; step < C::kQueries / 16; ++step) {
       const uint32_t(&x)[4] = slopes[step];
@@ -54,7 +55,7 @@ struct BwdHalf : BwdGroup<C, T> {
 
   // The first product of a tile, begun: S' or dP'.
   __device__ __forceinline__ void begin_tile(const Job& job, BwdTile tile, Scores& s) const {
-    if constexpr (kHasValues && C::kDense) start_dense(job, tile, s);
+    if constexpr (kHasValues) start_scores(job, tile, items, tiles, s);
     ptx::wgmma_fence();
     if (kHasValues) {
       multiply_scores<kStarts>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
@@ -100,6 +101,7 @@ struct BwdHalf : BwdGroup<C, T> {
       const Count now = tiles;
       release(kHasValues ? barrier().query.empty[now.stage<C::kQueryStages>()]
                          : barrier().grad.empty[now.stage<C::kGradStages>()]);
+      if (kHasValues) release_bias(now);
       continue_tile(job, tile, bits, s, sums);
       tiles.next();
       if (tile.last()) break;
@@ -128,6 +130,7 @@ struct BwdHalf : BwdGroup<C, T> {
 #pragma unroll
       for (int i = 0; i < C::kDim / 2; ++i) sums[i] = 0.f;
       await_keys(job, items);
+      if (kHasValues) turn_tables(job);
       compute(job, sums);
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
       const AttentionBwdParams& params = arguments.params;

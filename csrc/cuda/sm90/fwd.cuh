@@ -48,12 +48,12 @@ struct FwdLoader {
 
   __device__ void load_queries(const FwdItem<C>& item) {
     FwdBarriers<C>& barrier = shared.barrier;
-    barrier.query_empty.wait(query_round ^ 1);
+    barrier.query.empty[0].wait(query_round ^ 1);
     if (lane_id() == 0) {
-      barrier.query_full.arrive_expect_tx(C::kQueryBytes);
+      barrier.query.full[0].arrive_expect_tx(C::kQueryBytes);
       const int row = static_cast<int>(item.job.sequence.begin_q) + item.first;
       for (int p = 0; p < C::kPanels; ++p)
-        ptx::tma_load_3d(shared.query_panel(p).base, arguments.q, barrier.query_full, p * kPanel, item.job.item.head,
+        ptx::tma_load_3d(shared.query_panel(p).base, arguments.q, barrier.query.full[0], p * kPanel, item.job.item.head,
                          row);
     }
     query_round ^= 1;
@@ -84,11 +84,11 @@ struct FwdLoader {
     if (left > 0 && left <= kLateTiles) want_item();
     for (int tile = tiles.next(-1); tile < tiles.end(); tile = tiles.next(tile)) {
       const int stage = ring.stage, row = begin + tile * C::kCols;
-      load_tile(arguments.k, barrier.key_full[stage], barrier.key_empty[stage], shared.key_panel(stage, 0).base, head,
+      load_tile(arguments.k, barrier.key.full[stage], barrier.key.empty[stage], shared.key_panel(stage, 0).base, head,
                 row);
       if (!queries)
         load_queries(item), queries = true;  // behind the first keys, which need not wait for the item before
-      load_tile(arguments.v, barrier.value_full[stage], barrier.value_empty[stage], shared.value_panel(stage, 0).base,
+      load_tile(arguments.v, barrier.value.full[stage], barrier.value.empty[stage], shared.value_panel(stage, 0).base,
                 head, row);
       ring.next();
       if (--left == kLateTiles) want_item();
@@ -101,11 +101,11 @@ struct FwdLoader {
       for (const CUtensorMap* map : {&arguments.k, &arguments.q, &arguments.v}) ptx::prefetch_tensor_map(*map);
     for (Ring<kItems> at;; at.next()) {
       const FwdItem<C>& job = shared.items[at.stage];
-      shared.barrier.item_full[at.stage].wait(at.round);
+      shared.barrier.item.full[at.stage].wait(at.round);
       if (!job.more) return;
       load_item(job);
       __syncwarp();
-      if (lane_id() == 0) shared.barrier.item_empty[at.stage].arrive();
+      if (lane_id() == 0) shared.barrier.item.empty[at.stage].arrive();
     }
   }
 };
@@ -143,7 +143,7 @@ struct FwdComputer {
 
   // Waits for the item's queries and takes them into registers, if that is where they are used.
   __device__ __forceinline__ void take_queries(Queries& q) {
-    shared.barrier.query_full.wait(parity);
+    shared.barrier.query.full[0].wait(parity);
     if constexpr (C::kQueryRegisters) {
 #pragma unroll
       for (int i = 0; i < C::kDim / 16; ++i) {
@@ -152,7 +152,7 @@ struct FwdComputer {
           for (uint32_t& x : q[i]) x = scaled(x, arguments.alpha);
       }
       sync();
-      release(shared.barrier.query_empty);
+      release(shared.barrier.query.empty[0]);
     }
   }
 
@@ -177,7 +177,7 @@ struct FwdComputer {
   // Waits for the values of a tile and begins O += P V.
   __device__ __forceinline__ void multiply_values(Output& out, const Weights& p, int rows,
                                                   const Ring<C::kStages>& at) const {
-    shared.barrier.value_full[at.stage].wait(at.round);
+    shared.barrier.value.full[at.stage].wait(at.round);
     if (rows < C::kCols) clear_values(rows, at.stage);
     const ptx::Descriptor v(shared.value_panel(at.stage, 0).base, C::kCols * 128);
     ptx::wgmma_fence();
@@ -237,16 +237,16 @@ struct FwdComputer {
       for (int e = 0; e < 4; ++e) p[i][e] = pack(s[i * 8 + e * 2], s[i * 8 + e * 2 + 1], T{});
   }
 
-  __device__ __forceinline__ void await_keys() const { shared.barrier.key_full[ring.stage].wait(ring.round); }
+  __device__ __forceinline__ void await_keys() const { shared.barrier.key.full[ring.stage].wait(ring.round); }
   // What was prepared of the bias.
   __device__ __forceinline__ TileBias<C> await_bias(const FwdItem<C>& item, int tile) const {
-    if constexpr (C::kPreparers > 0) shared.barrier.bias_full[bias_ring.stage].wait(bias_ring.round);
+    if constexpr (C::kPreparers > 0) shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
     return {shared.bias_stage(bias_ring.stage), shared.bias_tables(), bias_place(item, tile)};
   }
   // The values of a tile are used up, and its bias.
   __device__ __forceinline__ void release_values(int stage, int bias_stage) const {
-    release(shared.barrier.value_empty[stage]);
-    if constexpr (C::kPreparers > 0) release(shared.barrier.bias_empty[bias_stage]);
+    release(shared.barrier.value.empty[stage]);
+    if constexpr (C::kPreparers > 0) release(shared.barrier.bias.empty[bias_stage]);
   }
   __device__ __forceinline__ void advance() {
     ring.next();
@@ -255,18 +255,18 @@ struct FwdComputer {
 
   // The keys of a tile are used up; after the last tile the queries are, too.
   __device__ __forceinline__ void release_keys(const GroupTiles& tiles, int tile) const {
-    release(shared.barrier.key_empty[ring.stage]);
-    if (!C::kQueryRegisters && tile == tiles.kept.end() - 1) release(shared.barrier.query_empty);
+    release(shared.barrier.key.empty[ring.stage]);
+    if (!C::kQueryRegisters && tile == tiles.kept.end() - 1) release(shared.barrier.query.empty[0]);
   }
 
   // Gives back a tile of which this warpgroup keeps nothing. No values may be held: the loading warp would wait for
   // their stage.
   __device__ __forceinline__ void skip_tile() {
     await_keys();
-    if constexpr (C::kPreparers > 0) shared.barrier.bias_full[bias_ring.stage].wait(bias_ring.round);
-    shared.barrier.value_full[ring.stage].wait(ring.round);
+    if constexpr (C::kPreparers > 0) shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
+    shared.barrier.value.full[ring.stage].wait(ring.round);
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
-    release(shared.barrier.key_empty[ring.stage]);
+    release(shared.barrier.key.empty[ring.stage]);
     release_values(ring.stage, bias_ring.stage);
     advance();
   }
@@ -313,7 +313,7 @@ struct FwdComputer {
     std::conditional_t<kThere, const GroupTiles&, const GroupTiles> tiles = item.groups[group];
     Queries q;
     take_queries(q);
-    if (!C::kQueryRegisters && tiles.none()) release(shared.barrier.query_empty);
+    if (!C::kQueryRegisters && tiles.none()) release(shared.barrier.query.empty[0]);
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       if (tiles.kept.has(tile)) {
         const int end = tiles.run_end(tile);
@@ -338,7 +338,7 @@ struct FwdComputer {
 
   __device__ void run() {
     for (Ring<kItems> at;; at.next()) {
-      shared.barrier.item_full[at.stage].wait(at.round);
+      shared.barrier.item.full[at.stage].wait(at.round);
       const FwdItem<C>& item = shared.items[at.stage];
       if (!item.more) return;
       if constexpr (C::kPreparers > 0) {
@@ -354,7 +354,7 @@ struct FwdComputer {
       compute(item, out);
       store(item, out);
       sync();  // all four warps are done with the item
-      release(shared.barrier.item_empty[at.stage]);
+      release(shared.barrier.item.empty[at.stage]);
     }
   }
 };
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
     } else if constexpr (C::kSpans) {
       if (warp == 2) write_spans<C, T>(shared);
     } else if constexpr (C::kPreparers > 0) {
-      BiasPreparer<C, T> preparer(arguments, shared);
+      BiasPreparer<C, FwdStorage<C, T>> preparer(arguments.params.problem, Score<T>::kArgument, shared);
       if (warp == 2) {
         preparer.take_notes();
       } else {

@@ -2,6 +2,8 @@
 // tile beside what is loaded (fwd_bias_prepare.h, bwd_bias_prepare.h), read by the computing ones (fwd_bias_add.h).
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/ptx/named_barrier.h"
@@ -175,6 +177,21 @@ struct BiasTables {
     cells().fill(TimeTerm(p, Sequence(), head, nullptr), argument, thread, threads);
     sync();
   }
+};
+
+// Shape and what a bias (one of tile/bias.h) adds to it where rows are queries: warps of the loading warpgroup that
+// prepare it, stages and room for them.
+template <class Shape, class Bias_, int kCells, int kNotedTiles, int kStages>
+struct BiasPlan : Shape {
+  using Bias = Bias_;
+  using Relative = BiasShape<Shape::kRows, false, kCells, kNotedTiles>;
+  using Notes = NoteQueue<Relative, 2, kNotedTiles>;
+  static constexpr int kPreparers = std::is_same_v<Bias, RelativeBias> ? 2 : 0;
+  static constexpr int kBiasStages = kStages;
+  static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Relative>::kBytes : 0;
+  static constexpr int kBiasBytes =
+      kPreparers ? BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes : 0;
+  static constexpr int kTimeRows = kPreparers ? Shape::kRows : 1;  // of an item, whose times it keeps
 };
 
 }  // namespace hstu_ops::cuda::sm90

@@ -1,18 +1,17 @@
-// What a warp of the Hopper forward works out ahead of the computing ones: which of a few ways to add the bias does for
-// each tile of each of them.
+// What a warp works out ahead of the computing ones, where rows are queries: which of a few ways to add the bias does
+// for each tile of each of them.
 #pragma once
 
 #include "cuda/sm90/bias_notes.h"
-#include "cuda/sm90/fwd_storage.h"
-#include "cuda/tile/score.h"
+#include "cuda/sm90/fwd_items.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-template <class C, class T>
+template <class C, class Storage>
 class BiasNoter {
  public:
-  __device__ BiasNoter(const AttentionProblem& problem, const FwdStorage<C, T>& shared)
-      : problem_(problem), shared_(shared), times_(problem.relative, shared.bias_tables(), Score<T>::kArgument) {}
+  __device__ BiasNoter(const AttentionProblem& problem, float factor, const Storage& shared)
+      : problem_(problem), shared_(shared), times_(problem.relative, shared.bias_tables(), factor) {}
 
   // Of 16 queries each whose times do not rise, the ends are such that TimeEnds is not ordinary.
   __device__ __forceinline__ void read_queries(FwdItem<C>& item) const {
@@ -98,7 +97,7 @@ class BiasNoter {
   }
 
   const AttentionProblem& problem_;
-  const FwdStorage<C, T>& shared_;
+  const Storage& shared_;
   TimeNoter<B> times_;
 };
 

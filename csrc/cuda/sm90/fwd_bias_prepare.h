@@ -10,16 +10,17 @@
 
 #include "cuda/sm90/fwd_bias.h"
 #include "cuda/sm90/fwd_bias_notes.h"
-#include "cuda/sm90/fwd_storage.h"
 #include "cuda/sm90/ring.h"
 
 namespace hstu_ops::cuda::sm90 {
 
-template <class C, class T>
+// `shared` has what FwdStorage has of it. Used by the backward's kernel for dQ, too.
+template <class C, class Storage>
 class BiasPreparer {
  public:
-  __device__ BiasPreparer(const FwdArguments& arguments, const FwdStorage<C, T>& shared)
-      : problem_(arguments.params.problem), shared_(shared), noter_(problem_, shared) {}
+  // `factor`: what weights are multiplied with.
+  __device__ BiasPreparer(const AttentionProblem& problem, float factor, const Storage& shared)
+      : problem_(problem), shared_(shared), noter_(problem, factor, shared) {}
 
   __device__ __forceinline__ void take_notes() {
     each_item([this](FwdItem<C>& item) {
@@ -30,10 +31,10 @@ class BiasPreparer {
 #pragma unroll 1
         for (; count < Queue::kTiles && tile < item.tiles().end(); ++count, tile = item.tiles().next(tile))
           if (count <= lane_id()) mine = tile;
-        shared_.barrier.notes_empty[buffer_.stage].wait(buffer_.round ^ 1);
+        shared_.barrier.notes.empty[buffer_.stage].wait(buffer_.round ^ 1);
         noter_.note_tiles(item, mine, count, buffer_.stage);
         __syncwarp();
-        if (lane_id() == 0) shared_.barrier.notes_full[buffer_.stage].arrive();
+        if (lane_id() == 0) shared_.barrier.notes.full[buffer_.stage].arrive();
         buffer_.next();
       }
     });
@@ -48,11 +49,11 @@ class BiasPreparer {
       if (tile < item.tiles().end()) load(part, item, tile * C::kCols);
 #pragma unroll 1
       while (tile < item.tiles().end()) {
-        if (noted == 0) shared_.barrier.notes_full[buffer_.stage].wait(buffer_.round);
-        shared_.barrier.bias_empty[ring.stage].wait(ring.round ^ 1);
+        if (noted == 0) shared_.barrier.notes.full[buffer_.stage].wait(buffer_.round);
+        shared_.barrier.bias.empty[ring.stage].wait(ring.round ^ 1);
         fill(Stage(shared_.bias_stage(ring.stage)), part, noted);
         __syncwarp();
-        if (lane_id() == 0) shared_.barrier.bias_full[ring.stage].arrive();
+        if (lane_id() == 0) shared_.barrier.bias.full[ring.stage].arrive();
         tile = item.tiles().next(tile);
         ring.next();
         if (tile < item.tiles().end()) load(part, item, tile * C::kCols);
@@ -71,16 +72,16 @@ class BiasPreparer {
   __device__ __forceinline__ void each_item(F&& f) const {
     for (Ring<kItems> at;; at.next()) {
       FwdItem<C>& item = shared_.items[at.stage];
-      shared_.barrier.item_full[at.stage].wait(at.round);
+      shared_.barrier.item.full[at.stage].wait(at.round);
       if (!item.more) return;
       f(item);
       __syncwarp();
-      if (lane_id() == 0) shared_.barrier.item_empty[at.stage].arrive();
+      if (lane_id() == 0) shared_.barrier.item.empty[at.stage].arrive();
     }
   }
   __device__ __forceinline__ void release_notes() {
     __syncwarp();
-    if (lane_id() == 0) shared_.barrier.notes_empty[buffer_.stage].arrive();
+    if (lane_id() == 0) shared_.barrier.notes.empty[buffer_.stage].arrive();
     buffer_.next();
   }
 
@@ -113,9 +114,9 @@ class BiasPreparer {
   }
 
   const AttentionProblem& problem_;
-  const FwdStorage<C, T>& shared_;
+  const Storage& shared_;
   Ring<Queue::kBuffers> buffer_;
-  BiasNoter<C, T> noter_;
+  BiasNoter<C, Storage> noter_;
 };
 
 }  // namespace hstu_ops::cuda::sm90

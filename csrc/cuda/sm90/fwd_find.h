@@ -24,12 +24,12 @@ __device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>
               ptx::cluster_size());
     if (lane_id() == 0) job.more = more;
     __syncwarp();
-    if (lane_id() == 0) shared.barrier.item_full[at.stage].arrive();
+    if (lane_id() == 0) shared.barrier.item.full[at.stage].arrive();
     if (!more) break;
     at.next();
     tickets.await_open();
     if (job.paced()) shared.barrier.item_wanted.wait(wanted), wanted ^= 1;
-    shared.barrier.item_empty[at.stage].wait(at.round ^ 1);
+    shared.barrier.item.empty[at.stage].wait(at.round ^ 1);
     ticket = tickets.next();
   }
   if (lane_id() == 0) tickets.close();
@@ -43,10 +43,10 @@ __device__ void write_spans(const FwdStorage<C, T>& shared) {
   Ring<kItems> older;
   bool second = false, third = false;  // item of the block, at least
   for (Ring<kItems> at;; at.next()) {
-    shared.barrier.item_full[at.stage].wait(at.round);
+    shared.barrier.item.full[at.stage].wait(at.round);
     const FwdItem<C>& item = shared.items[at.stage];
     if (!item.more) return;
-    if (third) shared.barrier.item_empty[older.stage].wait(older.round), older.next();
+    if (third) shared.barrier.item.empty[older.stage].wait(older.round), older.next();
     third = second, second = true;
     const Sequence& s = item.job.sequence;
 #pragma unroll 1

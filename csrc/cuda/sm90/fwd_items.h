@@ -1,10 +1,12 @@
-// An item of the forward's work and the tiles of keys it visits, derived from core/mask.h: found by a warp in shared
-// memory, read by all others.
+// An item of the work of a kernel whose rows are queries, and the tiles of keys it visits, derived from core/mask.h:
+// found by a warp in shared memory, read by all others.
 #pragma once
 
 #include "cuda/tile/schedule.h"
 
 namespace hstu_ops::cuda::sm90 {
+
+constexpr int kItems = 3;  // the item in work and the next two: a longer queue would leave blocks idle at the end
 
 // The next item is found when the loading warp has so many tiles of this one left; or, after a short one, as soon as
 // there is room for it: finding takes 3 to 4 us.

@@ -8,6 +8,7 @@
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias.h"
 #include "cuda/sm90/fwd_items.h"
+#include "cuda/sm90/gate.h"
 #include "cuda/sm90/tickets.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -20,58 +21,47 @@ struct FwdArguments {
   float alpha;  // times the argument of SiLU
 };
 
-constexpr int kBiasWarps = 2;  // of the loading warpgroup, which prepare relative bias
-
-constexpr int kItems = 3;  // the item in work and the next two: a longer queue would leave blocks idle at the end
-
-template <class Shape>
-using FwdBiasShape = BiasShape<Shape::kRows, false,
-                               Shape::kDim == 256   ? 560
-                               : Shape::kDim == 128 ? 4352
-                                                    : 5120,
-                               Shape::kDim == 256 ? 4 : 8>;
+// Cells of the look-up and tiles noted together: what tiles leave room for. A ring of bias stages of its own, for
+// tables come later than keys.
+template <class Shape, class Bias>
+using FwdBiasPlan = BiasPlan<Shape, Bias,
+                             Shape::kDim == 256   ? 560
+                             : Shape::kDim == 128 ? 4352
+                                                  : 5120,
+                             Shape::kDim == 256 ? 4 : 8,
+                             Shape::kDim == 64    ? 8
+                             : Shape::kDim == 128 ? 4
+                                                  : 3>;
 
 // Shape and Bias, one of tile/bias.h.
-template <class Shape, class Bias_>
-struct FwdPlan : Shape {
-  using Bias = Bias_;
-  using Relative = FwdBiasShape<Shape>;
-  using Notes = NoteQueue<Relative, 2, Relative::kNotedTiles>;
-  static constexpr int kPreparers = std::is_same_v<Bias, RelativeBias> ? kBiasWarps : 0;
+template <class Shape, class Bias>
+struct FwdPlan : FwdBiasPlan<Shape, Bias> {
+  using Base = FwdBiasPlan<Shape, Bias>;
   // The preparing warps take what the computing ones of this dimension leave.
-  static constexpr bool kSpare = kPreparers && Shape::kDim == 64;
+  static constexpr bool kSpare = Base::kPreparers && Shape::kDim == 64;
   static constexpr int kLoadRegisters = kSpare ? 80 : Shape::kLoadRegisters;
   static constexpr int kComputeRegisters = kSpare ? 144 : Shape::kComputeRegisters;
-  static constexpr int kBiasStages = Shape::kDim == 64    ? 8
-                                     : Shape::kDim == 128 ? 4
-                                                          : 3;  // a ring of its own: tables come later than keys
-  static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Relative>::kBytes : 0;
-  static constexpr int kBiasBytes =
-      kPreparers ? BiasTables<Relative>::kBytes + kBiasStages * kBiasStageBytes + Notes::kBytes : 0;
   static constexpr bool kSpans = std::is_same_v<Bias, NoBias>;
   static constexpr int kSpanBytes = kSpans ? 2 * Shape::kRows * 16 : 0;
-  static constexpr int kSharedBytes = Shape::kSharedBytes + kBiasBytes + kSpanBytes;
-  static constexpr int kTimeRows = kPreparers ? Shape::kRows : 1;  // of an item, whose times it keeps
-  static_assert(kSharedBytes + 2048 + kItems * kTimeRows * 5 <= kSharedMemory, "barriers and items take 2 KB");
+  static constexpr int kSharedBytes = Shape::kSharedBytes + Base::kBiasBytes + kSpanBytes;
+  static_assert(kSharedBytes + 2048 + kItems * Base::kTimeRows * 5 <= kSharedMemory, "barriers and items take 2 KB");
 };
 
 template <class C>
 struct FwdBarriers {
-  ptx::Mbarrier item_wanted, item_full[kItems], item_empty[kItems], spans_full[kItems], query_full, query_empty;
-  ptx::Mbarrier notes_full[2], notes_empty[2], bias_full[C::kBiasStages], bias_empty[C::kBiasStages];
-  ptx::Mbarrier key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
+  ptx::Mbarrier item_wanted, spans_full[kItems];
+  Gate<kItems> item;
+  Gate<1> query;
+  Gate<C::Notes::kBuffers> notes;
+  Gate<C::kBiasStages> bias;
+  Gate<C::kStages> key, value;
 
   __device__ void init() {
     item_wanted.init(1);
-    for (int i = 0; i < kItems; ++i) item_full[i].init(1), spans_full[i].init(1);
-    for (ptx::Mbarrier& b : item_empty) b.init(C::kGroups + 1 + C::kPreparers);
-    for (int i = 0; i < 2; ++i) notes_full[i].init(1), notes_empty[i].init(1);
-    for (int i = 0; i < C::kBiasStages; ++i) bias_full[i].init(1), bias_empty[i].init(C::kGroups);
-    query_full.init(1), query_empty.init(C::kGroups);
-    for (int i = 0; i < C::kStages; ++i) {
-      key_full[i].init(1), value_full[i].init(1);
-      key_empty[i].init(C::kGroups), value_empty[i].init(C::kGroups);
-    }
+    for (ptx::Mbarrier& b : spans_full) b.init(1);
+    item.init(1, C::kGroups + 1 + C::kPreparers), query.init(1, C::kGroups);
+    notes.init(1, 1), bias.init(1, C::kGroups);
+    key.init(1, C::kGroups), value.init(1, C::kGroups);
     ptx::fence_mbarrier_init();
   }
 };

@@ -1,4 +1,4 @@
-// Stages of shared memory that one side fills and the other empties. Used by both kernels of the backward.
+// Stages of shared memory that one side fills and the other empties.
 #pragma once
 
 #include "cuda/ptx/mbarrier.h"

@@ -17,6 +17,7 @@
 
 #include "cuda/ptx/dependent.h"
 #include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/meet.h"
 #include "cuda/sm90/table_grads_load.h"
@@ -65,10 +66,10 @@ struct TableComputer {
     return Score<T>::kSlope * (s.per_row ? 1.f : RowScale(s, job.job.item.sequence, 0).value);
   }
   __device__ TableTarget time_target(const TableJob& job) const {
-    return {arguments.time, job.job.item.head, factor(job)};
+    return {arguments.tables.time, job.job.item.head, factor(job)};
   }
   __device__ TableTarget position_target(const TableJob& job) const {
-    return {arguments.position, job.job.item.head, factor(job)};
+    return {arguments.tables.position, job.job.item.head, factor(job)};
   }
   __device__ TableNotes notes() const { return shared.notes(warp()); }
 
@@ -306,8 +307,8 @@ struct TableComputer {
     if (!step.covered(group)) mask_rows(keep, ds);
     if (problem().scale.per_row) scale_rows(ds);
     const float total = note.elementwise() ? sum_of(ds) : sum_diagonals(ds, sums);
-    if (arguments.time.sums) sum_times(note, ds, kept, total);
-    if (note.elementwise() && arguments.position.sums) sum_clamped(ds, sums);
+    if (arguments.tables.time.sums) sum_times(note, ds, kept, total);
+    if (note.elementwise() && arguments.tables.position.sums) sum_clamped(ds, sums);
   }
 
   // The sums of a walk to the table. An element (i, k) of block diagonal d is in lane (i, k / 2) and lies 8 d + k - i
@@ -398,8 +399,8 @@ struct TableComputer {
       shared.buckets(warp()).reset();
       walk(sums);
       const TableJob& walked = job(notes().jobs());
-      if (arguments.position.sums) flush_positions(walked, sums);
-      if (arguments.time.sums) shared.buckets(warp()).finish(time_target(walked));
+      if (arguments.tables.position.sums) flush_positions(walked, sums);
+      if (arguments.tables.time.sums) shared.buckets(warp()).finish(time_target(walked));
       __syncwarp();
       if (lane_id() == 0) shared.state.job.empty[notes().jobs() % kTableJobs].arrive();
     }
@@ -434,11 +435,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(256) round_tables_kernel(const __grid_constant__ TableGrads tables) {
+  ptx::wait_for_prerequisites();
+  tables.round(int64_t{blockIdx.x} * 256 + threadIdx.x, int64_t{gridDim.x} * 256);
+}
+
 template <class C, class T, bool kLines>
-Status attention_table_grads(const AttentionBwdParams& params, int heads, void* tickets, int processors,
+Status attention_table_grads(const AttentionBwdParams& params, int heads, const BwdScratch& scratch, int processors,
                              cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
-  const BwdWorkspace tables = BwdWorkspace::plan(params, C::kDim, kTableTile, nullptr);
   static_assert(Score<T>::kArgument == Score<T>::kSlope, "alpha is folded as the backward folds it");
   TableArguments arguments{{},
                            {},
@@ -446,9 +452,8 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, void* 
                            {},
                            params,
                            key_schedule(a, heads),
-                           Tickets(tickets),
-                           tables.position,
-                           tables.time,
+                           Tickets(scratch.bias_tickets),
+                           scratch.tables,
                            heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
   if (Status s = make_tensor_maps(arguments, params, kTableTile, kTableTile); !s.ok()) return s;
@@ -457,37 +462,32 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, void* 
     widen_groups(arguments.schedule, a, 2 * kTableTile * heads, processors);
   const int64_t items =
       most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, arguments.schedule.heads);
-  return launch<attention_table_grads_kernel<C, T, kLines>, true>(arguments, items < processors ? items : processors,
-                                                                  C::kThreads, C::kSharedBytes, stream);
+  const Status status = launch<attention_table_grads_kernel<C, T, kLines>, true>(
+      arguments, items < processors ? items : processors, C::kThreads, C::kSharedBytes, stream);
+  if (!status.ok() || !scratch.tables.exact()) return status;
+  const int64_t blocks = (scratch.tables.entries() + 255) / 256;
+  return launch<round_tables_kernel<T>, true>(scratch.tables, blocks < processors ? blocks : processors, 256, 0,
+                                              stream);
 }
 
-// Heads whose dS are added up, at most `most`: those of a problem in equal parts, as long as they share the tables and
-// leave work for all processors.
-inline int summed_heads(const AttentionProblem& a, int most, int processors) {
-  const RelativeBiasParams& r = a.relative;
-  if ((r.position_weight && r.position_head_stride != 0) || (r.time_weight && r.time_head_stride != 0)) return 1;
-  int parts = ceil_div(a.heads, most);
-  while (parts < a.heads && most_items(a.jagged.total_kv, a.jagged.batch, 2 * kTableTile, parts) < processors) ++parts;
-  return ceil_div(a.heads, parts);
-}
-
-// The gradients of the tables that are wanted, added to what is there. `tickets`: see tickets.h.
+// The gradients of the tables that are wanted, added to what is there. Exact sums, if there are any, replace it.
 template <class T, int kDim>
-Status attention_table_grads(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
+Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
+                             cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   constexpr bool kNarrow = kDim == 64;
   constexpr int kHeads = kNarrow ? 4 : 2, kStages = kNarrow ? 4 : 2;
   const int heads = summed_heads(a, kHeads, processors);
   if (has_many_buckets<T>(a.relative)) {  // whose look-ups take more registers
     using Many = TableShape<kDim, 2, kHeads, kNarrow ? 5120 : 4096, 2, kNarrow ? 2 : 1>;
-    return attention_table_grads<Many, T, true>(params, heads, tickets, processors, stream);
+    return attention_table_grads<Many, T, true>(params, heads, scratch, processors, stream);
   }
   if (heads > 1) {
     using Shared = TableShape<kDim, 2, kHeads, 0, kStages, kStages>;
-    return attention_table_grads<Shared, T, false>(params, heads, tickets, processors, stream);
+    return attention_table_grads<Shared, T, false>(params, heads, scratch, processors, stream);
   }
   using OfHead = TableShape<kDim, 3, 1, 0, kStages, kStages>;
-  return attention_table_grads<OfHead, T, false>(params, heads, tickets, processors, stream);
+  return attention_table_grads<OfHead, T, false>(params, heads, scratch, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

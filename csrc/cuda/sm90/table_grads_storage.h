@@ -16,7 +16,7 @@
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/table_grads_items.h"
 #include "cuda/sm90/tickets.h"
-#include "cuda/tile/workspace.h"
+#include "cuda/tile/table_grad.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -25,7 +25,7 @@ struct TableArguments {
   AttentionBwdParams params;
   Schedule schedule;
   Tickets tickets;
-  TableSums position, time;
+  TableGrads tables;
   int heads;    // whose dS are added up before they are summed: more than one only where they share the tables
   float alpha;  // times the argument of SiLU
 };

@@ -4,6 +4,9 @@
 // 32-bit digits of a fixed-point number that spans all of fp32, and integer sums do not depend on their order.
 #pragma once
 
+#include <cstddef>
+
+#include "core/params.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/tile/layout.h"
 
@@ -16,6 +19,10 @@ struct TableSums {
   float* sums = nullptr;                 // [entries]; null: not wanted
   unsigned long long* words = nullptr;   // [kWords][entries]; null: sums are added to directly
   int64_t entries = 0, head_stride = 0;  // head_stride 0: all heads share one table
+
+  // What must be zero before anything is added.
+  void* start() const { return words ? static_cast<void*>(words) : sums; }
+  size_t bytes() const { return entries * (words ? kWords * sizeof(unsigned long long) : sizeof(float)); }
 
   static __device__ __forceinline__ void add_exactly(unsigned long long* word, int64_t entries, float x) {
     const unsigned bits = __float_as_uint(x), exponent = bits >> 23 & 255, fraction = bits & 0x7fffff;
@@ -112,6 +119,41 @@ struct BiasGradients {
   const TableSums &position, &time;
   int head;
   float factor;  // turns what add_grad is given into gradients
+};
+
+// Gradients of both tables, those that are wanted.
+struct TableGrads {
+  TableSums position, time;
+
+  // take(bytes): scratch memory, for exact sums.
+  template <class Take>
+  static TableGrads plan(const AttentionBwdParams& p, const Take& take) {
+    const RelativeBiasParams& r = p.problem.relative;
+    const auto table = [&](void* grad, int entries, int64_t stride) {
+      TableSums t;
+      if (!grad) return t;
+      t.sums = static_cast<float*>(grad);
+      t.head_stride = stride ? entries : 0;
+      t.entries = stride ? static_cast<int64_t>(entries) * p.problem.heads : entries;
+      // fp32 sums of thousands of fp32 values would be too coarse.
+      if (p.deterministic || p.problem.dtype == DType::kFloat32)
+        t.words = static_cast<unsigned long long*>(
+            take(static_cast<size_t>(t.entries) * TableSums::kWords * sizeof(unsigned long long)));
+      return t;
+    };
+    TableGrads tables;
+    tables.position = table(p.grad_position_weight, 2 * r.positions - 1, r.position_head_stride);
+    tables.time = table(p.grad_time_weight, r.num_boundaries + 1, r.time_head_stride);
+    return tables;
+  }
+  bool exact() const { return position.words || time.words; }
+  int64_t entries() const { return position.entries + time.entries; }
+  // Exact sums to fp32, by `threads` threads.
+  __device__ void round(int64_t thread, int64_t threads) const {
+    for (const TableSums* t : {&position, &time})
+      if (t->words)
+        for (int64_t i = thread; i < t->entries; i += threads) t->sums[i] = t->total(i);
+  }
 };
 
 }  // namespace hstu_ops::cuda

@@ -13,7 +13,7 @@ struct BwdWorkspace {
   float* grad_q = nullptr;     // total_q * heads * padded dim_qk, in the kernel's order
   unsigned* turns = nullptr;   // [query blocks, heads]: blocks of keys that have added; null: any order will do
   unsigned* ticket = nullptr;  // next work item; null: block index
-  TableSums position, time;
+  TableGrads tables;
   size_t bytes = 0;
 
   // `base` may be null when only the size matters.
@@ -32,19 +32,7 @@ struct BwdWorkspace {
       w.turns = static_cast<unsigned*>(take(blocks * sizeof(unsigned)));
       w.ticket = static_cast<unsigned*>(take(sizeof(unsigned)));
     }
-    const auto table = [&](void* grad, int entries, int64_t stride) {
-      TableSums t;
-      if (!grad) return t;
-      t.sums = static_cast<float*>(grad);
-      t.head_stride = stride ? entries : 0;
-      t.entries = stride ? static_cast<int64_t>(entries) * a.heads : entries;
-      if (p.deterministic || a.dtype == DType::kFloat32)  // fp32 sums of thousands of fp32 values would be too coarse
-        t.words = static_cast<unsigned long long*>(
-            take(static_cast<size_t>(t.entries) * TableSums::kWords * sizeof(unsigned long long)));
-      return t;
-    };
-    w.position = table(p.grad_position_weight, 2 * a.relative.positions - 1, a.relative.position_head_stride);
-    w.time = table(p.grad_time_weight, a.relative.num_boundaries + 1, a.relative.time_head_stride);
+    w.tables = TableGrads::plan(p, take);
     return w;
   }
 };
