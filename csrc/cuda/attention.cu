@@ -168,9 +168,6 @@ std::string sm90_refusal(const AttentionProblem& a, int& processors) {
 std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
   const AttentionProblem& a = params.problem;
   std::string refusal = sm90_refusal(a, processors);
-  constexpr int kMostDims = 128;
-  if (refusal.empty() && has_relative_bias(a) && head_dim(a) > kMostDims)
-    refusal = "with a relative bias, it takes up to 128 dimensions";
   constexpr int64_t kMostTableRows = 1 << 24;  // steps along a diagonal have 19 bits
   if (refusal.empty() && (params.grad_position_weight || params.grad_time_weight) && a.jagged.total_q > kMostTableRows)
     refusal = "with gradients of bias tables, it takes up to 2^24 rows of queries";
@@ -251,8 +248,7 @@ Status attention_bwd(const AttentionBwdParams& params, void* workspace, void* st
     return dispatch_sm90(params.problem, [&](auto element, auto dim) {
       using T = decltype(element);
       if (params.problem.dense.data) return sm90::attention_bwd_dense<T, dim>(params, workspace, processors, on);
-      if constexpr (dim <= 128)
-        if (has_bias(params.problem)) return sm90::attention_bwd_relative<T, dim>(params, workspace, processors, on);
+      if (has_bias(params.problem)) return sm90::attention_bwd_relative<T, dim>(params, workspace, processors, on);
       return sm90::attention_bwd<T, dim>(params, workspace, processors, on);
     });
 #endif

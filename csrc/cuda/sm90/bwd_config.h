@@ -90,7 +90,7 @@ struct BwdBiasConfig<64, false> : BwdBiasShape<BwdShape<64, false, 64, 2, 2, 4, 
 template <>
 struct BwdBiasConfig<128, false> : BwdBiasShape<BwdShape<128, false, 64, 2, 1, 2, 2>, 4096, 4, 40, 232> {};
 template <>
-struct BwdBiasConfig<256, false> : BwdBiasShape<BwdConfig<256, false>, 560, 4, 40, 232> {};
+struct BwdBiasConfig<256, false> : BwdBiasShape<BwdConfig<256, false>, 880, 4, 40, 232> {};
 
 // With dense bias, which is read where it is used.
 template <class Shape>

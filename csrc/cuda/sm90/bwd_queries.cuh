@@ -46,10 +46,13 @@ struct BwdQueriesComputer {
   const BwdQueriesStorage<C>& shared;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells the compiler that it is uniform
   const float alpha = static_cast<float>(arguments.params.problem.alpha);
-  Count items, tiles;  // so far
+  Count items, tiles;  // so far; by turns, the next of this warpgroup's
+  unsigned begin = 0;  // by turns: number of the item's first tile
+
+  static constexpr int kStep = C::kTurns ? C::kGroups : 1;  // from a tile to this warpgroup's next
 
   __device__ int thread() const { return threadIdx.x % 128; }
-  __device__ int warp_row() const { return group * 64 + thread() / 32 * 16; }
+  __device__ int warp_row() const { return (C::kTurns ? 0 : group * 64) + thread() / 32 * 16; }
   __device__ void sync() const { ptx::named_barrier_sync(1 + group, 128); }
   __device__ void release(ptx::Mbarrier& empty) const {
     if (thread() == 0) empty.arrive();
@@ -68,7 +71,7 @@ struct BwdQueriesComputer {
   // S = Q K^T or dP = dO V^T, begun.
   template <bool kAdd = false>
   __device__ __forceinline__ void multiply_rows(Scores& s, uint32_t rows, uint32_t cols) const {
-    const ptx::Descriptor a(rows + group * 64 * 128), b(cols);
+    const ptx::Descriptor a(rows + (C::kTurns ? 0 : group * 64 * 128)), b(cols);
 #pragma unroll
     for (int i = 0; i < C::kDim / 16; ++i)
       ptx::Wgmma<C::kCols, T>::multiply_rows(s, a.at(i / 4 * C::kRows * 128 + i % 4 * 32),
@@ -85,7 +88,8 @@ struct BwdQueriesComputer {
       await_bias();
       const int warp = ptx::thread_index() / 32 - 4;  // read again: kept, it would take a register
       const auto at = [&]() -> BiasTile {
-        return {warp, job.sequence.first_row + item.first + warp * 16, tile * C::kCols, item.times + warp * 16,
+        const int row = warp % (C::kRows / 16);
+        return {row, job.sequence.first_row + item.first + row * 16, tile * C::kCols, item.times + row * 16,
                 shared.scratch(warp)};
       };
       start_from_bias(arguments.params.problem, job,
@@ -94,8 +98,7 @@ struct BwdQueriesComputer {
     }
     if constexpr (kStarts) ptx::wgmma_settle(s);
   }
-  __device__ __forceinline__ void multiply_queries(const FwdItem<C>& item, int tile, Scores& s) const {
-    start_scores(item, tile, s);
+  __device__ __forceinline__ void multiply_queries(Scores& s) const {
     shared.barrier.key.full[tiles.stage<C::kKeyStages>()].wait(tiles.round<C::kKeyStages>());
     ptx::wgmma_fence();
     multiply_rows<kStarts>(s, shared.queries, shared.key(tiles));
@@ -116,6 +119,15 @@ struct BwdQueriesComputer {
 #pragma unroll
     for (int i = 0; i < C::kCols / 16; ++i) ptx::Wgmma<C::kDim, T>::multiply_fragment(dq, ds[i], k.at(i * 2048));
     ptx::wgmma_commit();
+  }
+
+  // The same of the tile before, done; kBehind: products begun since.
+  template <int kBehind>
+  __device__ __forceinline__ void finish_keys(Sums& dq, Operand& ds) const {
+    ptx::wgmma_wait<kBehind>();
+    ptx::wgmma_settle(ds);
+    ptx::wgmma_settle(dq);
+    release_keys({tiles.count - kStep});
   }
 
   // Rows of K from `rows` on are past the end of the sequence and belong to others: 0 * NaN would be NaN. Every
@@ -159,7 +171,7 @@ struct BwdQueriesComputer {
     sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
     release_keys(tiles);
     release_values();
-    tiles.next();
+    tiles.count += kStep;
   }
 
   // dS of the tile whose products have begun; its values are used up then and, after the last tile, Q and dO are, too.
@@ -175,36 +187,39 @@ struct BwdQueriesComputer {
     round(d, ds);
   }
 
-  // Tiles [tile, end), of each of which this warpgroup keeps something.
+  // Tiles from `tile` on, the one after each by next(), until `end`: this warpgroup keeps something of each.
+  template <class Next>
   __device__ __forceinline__ void compute_run(const FwdItem<C>& item, const GroupTiles& groups, int tile, int end,
-                                              Sums& dq) {
+                                              const Next& next, Sums& dq) {
     Scores s;
     Operand ds;
     bool covered = groups.covers(tile);
     uint64_t keep = covered ? 0 : keep_bits(item, tile);
-    multiply_queries(item, tile, s);
+    start_scores(item, tile, s);
+    multiply_queries(s);
 #pragma unroll 1
-    for (;; ++tile) {
+    for (;;) {
       Scores d;
       multiply_grads(d);
-      score(s, d, ds, covered, keep, tile == groups.kept.end() - 1);
-      if (tile + 1 == end) break;
+      score(s, d, ds, covered, keep, !C::kTurns && tile == groups.kept.end() - 1);
+      const int following = next(tile);
+      if (following >= end) break;
       multiply_keys(dq, ds);
-      covered = groups.covers(tile + 1);
-      keep = covered ? 0 : keep_bits(item, tile + 1);
-      tiles.next();
-      multiply_queries(item, tile + 1, s);
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_settle(ds);
-      ptx::wgmma_settle(dq);
-      release_keys(tiles.before());
+      tile = following;
+      covered = groups.covers(tile);
+      keep = covered ? 0 : keep_bits(item, tile);
+      tiles.count += kStep;
+      start_scores(item, tile, s);
+      if (C::kTurns) finish_keys<0>(dq, ds);  // their place is where this tile's keys go
+      multiply_queries(s);
+      if (!C::kTurns) finish_keys<1>(dq, ds);
     }
-    clear_keys(item.job.sequence.mask.len - (end - 1) * C::kCols);  // the last tile alone may end past the sequence
+    clear_keys(item.job.sequence.mask.len - tile * C::kCols);  // the last tile alone may end past the sequence
     multiply_keys(dq, ds);
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(dq);
     release_keys(tiles);
-    tiles.next();
+    tiles.count += kStep;
   }
 
   __device__ __forceinline__ void compute(const FwdItem<C>& item, Sums& dq) {
@@ -218,7 +233,7 @@ struct BwdQueriesComputer {
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       if (groups.kept.has(tile)) {
         const int end = groups.run_end(tile);
-        compute_run(item, groups, tile, end, dq);
+        compute_run(item, groups, tile, end, [](int t) { return t + 1; }, dq);
         tile = end - 1;
       } else {
         skip_tile();
@@ -226,20 +241,63 @@ struct BwdQueriesComputer {
     }
   }
 
+  // By turns: this warpgroup has every second tile, of all tiles there have been.
+  __device__ __forceinline__ void compute_turns(const FwdItem<C>& item, Sums& dq) {
+    const TileSpans& walk = item.tiles();
+    shared.barrier.query.full[0].wait(items.round<1>());
+    const int first = walk.next(-1), tile = tiles.count == begin ? first : walk.next(first);
+    begin += walk.size();
+    if (tile < walk.end())
+      compute_run(item, item.groups[0], tile, walk.end(), [&](int t) { return walk.next(walk.next(t)); }, dq);
+    join(dq);
+  }
+  // The sums of both warpgroups: each takes half of the columns, in the first half of dq. They are exchanged where Q
+  // and dO were, which are used up then.
+  __device__ __forceinline__ void join(Sums& dq) const {
+    constexpr int kHalf = C::kDim / 4;
+    const auto meet_both = [] { ptx::named_barrier_sync(3 + C::kGroups, 256); };
+    const uint32_t own = thread() * 16, to = (group == 0 ? shared.queries : shared.grads) + own,
+                   from = (group == 0 ? shared.grads : shared.queries) + own;
+    static_assert(kHalf * 4 * 128 <= C::kQueryBytes);
+    meet_both();
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 4) {
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[e] = group == 0 ? dq[kHalf + i + e] : dq[i + e];
+        if (group != 0) dq[i + e] = dq[kHalf + i + e];
+      }
+      ptx::st_shared(to + i / 4 * 2048, make_float4(x[0], x[1], x[2], x[3]));
+    }
+    meet_both();
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 4) {
+      const float4 y = ptx::ld_shared_v4(from + i / 4 * 2048);
+      dq[i] += y.x, dq[i + 1] += y.y, dq[i + 2] += y.z, dq[i + 3] += y.w;
+    }
+    ptx::fence_proxy_async();
+    sync();
+    release(shared.barrier.query.empty[0]);
+  }
+
   __device__ __forceinline__ void store(const FwdItem<C>& item, const Sums& dq) const {
     const AttentionProblem& a = arguments.params.problem;
     const Sequence& s = item.job.sequence;
     const RowScale scale(a.scale, item.job.item.sequence, s.begin_q);
-    const GlobalRows<T> to(arguments.params.grad_q, s.begin_q, item.job.item.head, a.dim_qk);
+    GlobalRows<T> to(arguments.params.grad_q, s.begin_q, item.job.item.head, a.dim_qk);
     const int row = item.first + warp_row();
     float factors[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       factors[h] = alpha * Score<T>::kSlope * scale(clamp_int(row + h * 8 + lane_row(), 0, s.num_q - 1));
-    store_rows<T, C::kDim>(to, row, s.num_q, dq, factors);
+    constexpr int kColumns = C::kTurns ? C::kDim / 2 : C::kDim;
+    if (C::kTurns) to.data += group * kColumns, to.dim -= group * kColumns;
+    store_rows<T, kColumns>(to, row, s.num_q, reinterpret_cast<const float(&)[kColumns / 2]>(dq), factors);
   }
 
   __device__ void run() {
+    if (C::kTurns) tiles.count = group;
     for (;; items.next()) {
       const int stage = items.stage<kItems>();
       shared.barrier.item.full[stage].wait(items.round<kItems>());
@@ -253,7 +311,11 @@ struct BwdQueriesComputer {
       Sums dq;
 #pragma unroll
       for (int i = 0; i < C::kDim / 2; ++i) dq[i] = 0.f;
-      compute(item, dq);
+      if constexpr (C::kTurns) {
+        compute_turns(item, dq);
+      } else {
+        compute(item, dq);
+      }
       store(item, dq);
       sync();  // all four warps are done with the item
       release(shared.barrier.item.empty[stage]);

@@ -5,8 +5,8 @@
 //
 //   item_full    the finding warp              item_empty   each computing warpgroup, the loading and preparing warps
 //   query_full   the loading lane, the bytes   query_empty  each computing warpgroup, after its last use of Q and dO
-//   key_full     the loading lane, the bytes   key_empty    each computing warpgroup; value_* likewise
-//   notes_*, bias_*: see fwd_bias_prepare.h
+//   key_full     the loading lane, the bytes   key_empty    each computing warpgroup that uses the tile; value_*
+//   likewise notes_*, bias_*: see fwd_bias_prepare.h
 #pragma once
 
 #include <cuda.h>
@@ -41,8 +41,8 @@ struct BwdQueriesBarriers {
 
   __device__ void init() {
     wanted.init(1), item.init(1, C::kGroups + 1 + C::kPreparers);
-    query.init(1, C::kGroups), key.init(1, C::kGroups), value.init(1, C::kGroups);
-    notes.init(1, 1), bias.init(1, C::kGroups);
+    query.init(1, C::kGroups), key.init(1, C::kUsers), value.init(1, C::kUsers);
+    notes.init(1, 1), bias.init(1, C::kUsers);
     ptx::fence_mbarrier_init();
   }
 };

@@ -82,14 +82,15 @@ struct GroupTiles {
 template <class C>
 struct FwdItem {
   Job job;
-  int first;                          // query of the first row, a multiple of 64, negative in front of the sequence
-  bool more;                          // false: the block is done
-  GroupTiles groups[C::kGroups + 1];  // the last: of all of them
+  int first;  // query of the first row, a multiple of 64, negative in front of the sequence
+  bool more;  // false: the block is done
+  static constexpr int kGroups = C::kRows / 64;
+  GroupTiles groups[kGroups + 1];  // of 64 rows each; the last: of all of them
   // Where a bias needs them, of the queries: low words of their times; the first and the last time of each 16.
   int times[C::kTimeRows];
   longlong2 ends[C::kTimeRows / 16 + 1];
 
-  __device__ const TileSpans& tiles() const { return groups[C::kGroups].kept; }
+  __device__ const TileSpans& tiles() const { return groups[kGroups].kept; }
   __device__ int row() const { return job.sequence.first_row + first; }  // of the mask
   // Whether the item after this one waits for the loading warp to get near the end of this one.
   __device__ bool paced() const { return tiles().size() > kShortTiles; }
@@ -98,12 +99,12 @@ struct FwdItem {
   __device__ __forceinline__ void set(const WorkItem& item, const Sequence& s, int64_t index, int part, int parts) {
     // The rows that are missing in a sequence's last item would leave warpgroups idle over all its keys: they are
     // missing in its first item instead, which has the fewest.
-    const int missing = (C::kGroups - ceil_div(s.num_q, 64) % C::kGroups) % C::kGroups * 64;
+    const int missing = (kGroups - ceil_div(s.num_q, 64) % kGroups) % kGroups * 64;
     const int lane = lane_id(), begin = item.block * C::kRows - missing;
     const auto row = [&](int r) { return s.first_row + clamp_int(begin + r, 0, s.num_q); };
-    const int m0 = lane < C::kGroups ? lane * 64 : 0, m1 = lane < C::kGroups ? m0 + 64 : C::kRows;
+    const int m0 = lane < kGroups ? lane * 64 : 0, m1 = lane < kGroups ? m0 + 64 : C::kRows;
     const GroupTiles mine = GroupTiles::make<C::kCols>(s.mask, row(m0), row(m1));
-    if (lane <= C::kGroups) groups[lane] = mine;
+    if (lane <= kGroups) groups[lane] = mine;
     if (lane == 0) job = {item, s, index}, first = begin;
     if (parts == 1) return;
     __syncwarp();
@@ -111,7 +112,7 @@ struct FwdItem {
     const int at = static_cast<int>(int64_t{size} * part / parts),
               end = static_cast<int>(int64_t{size} * (part + 1) / parts);
     __syncwarp();
-    if (lane <= C::kGroups) groups[lane].kept.clip(lo + at, lo + end);
+    if (lane <= kGroups) groups[lane].kept.clip(lo + at, lo + end);
   }
 };
 

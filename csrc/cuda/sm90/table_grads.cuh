@@ -475,18 +475,18 @@ template <class T, int kDim>
 Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
                              cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
-  constexpr bool kNarrow = kDim == 64;
-  constexpr int kHeads = kNarrow ? 4 : 2, kStages = kNarrow ? 4 : 2;
+  constexpr int kHeads = kDim == 64 ? 4 : kDim == 128 ? 2 : 1, kStages = kHeads;
   const int heads = summed_heads(a, kHeads, processors);
   if (has_many_buckets<T>(a.relative)) {  // whose look-ups take more registers
-    using Many = TableShape<kDim, 2, kHeads, kNarrow ? 5120 : 4096, 2, kNarrow ? 2 : 1>;
+    constexpr int kCells = kDim == 64 ? 5120 : kDim == 128 ? 4096 : 960;
+    using Many = TableShape<kDim, 2, kHeads, kCells, kDim == 256 ? 1 : 2, kDim == 64 ? 2 : 1>;
     return attention_table_grads<Many, T, true>(params, heads, scratch, processors, stream);
   }
-  if (heads > 1) {
+  if constexpr (kHeads > 1) {
     using Shared = TableShape<kDim, 2, kHeads, 0, kStages, kStages>;
-    return attention_table_grads<Shared, T, false>(params, heads, scratch, processors, stream);
+    if (heads > 1) return attention_table_grads<Shared, T, false>(params, heads, scratch, processors, stream);
   }
-  using OfHead = TableShape<kDim, 3, 1, 0, kStages, kStages>;
+  using OfHead = TableShape<kDim, kDim == 256 ? 2 : 3, 1, 0, kStages, kStages>;
   return attention_table_grads<OfHead, T, false>(params, heads, scratch, processors, stream);
 }
 
