@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cases.add_argument("--targets", type=int, help="targets a sequence")
     cases.add_argument("--window", type=int, help="max_attn_len")
     p.add_argument("--dtype", type=names, help="of fp32, fp16, bf16, fp64 (default fp32,bf16 on CPU, bf16 on CUDA)")
-    p.add_argument("--direction", type=names, help="of fwd, bwd, fwd+bwd")
+    p.add_argument("--direction", type=names, help="of fwd, bwd, fwd+bwd, det (bwd in deterministic mode)")
     p.add_argument(
         "--backend", type=names, help="on CUDA of default, sm80, sm90, tf32; on CPU one instruction set: avx512, avx2"
     )

@@ -7,13 +7,15 @@ The table is that of bench/attention.py; its last lines hold the rate with each 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attention
 import common
 import measure
 import torch
+from cases import Case
 from problems import Problem, dense, jagged, label
 from suites import Entry
 
@@ -24,7 +26,7 @@ DENSE_UP_TO = 2048  # rows: a dense bias of 4 heads is then 64 MiB in float32
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = common.parser("bias", __doc__)
     p.add_argument("--lengths", type=common.numbers, help="N (default 1024,4096,8192 on CUDA, 512,1024 on CPU)")
-    p.add_argument("--dims", type=common.numbers, help="head dimensions (default 64,128 on CUDA, 64 on CPU)")
+    p.add_argument("--dims", type=common.numbers, help="head dimensions (default 64,128,256 on CUDA, 64 on CPU)")
     p.add_argument("--tokens", type=int, help="rows in all (default 131072 on CUDA, 4096 on CPU)")
     p.add_argument("--heads", type=int, default=4, help="(default 4)")
     args = p.parse_args(argv)
@@ -39,29 +41,24 @@ def choose(args: argparse.Namespace, device: str) -> list:
     if min(*lengths, tokens, args.heads) < 1:
         raise ValueError("--lengths, --tokens, --heads: expected at least 1")
     entries = []
-    for dim in args.dims or ([64, 128] if cuda and not args.quick else [64]):
+    for dim in args.dims or ([64, 128, 256] if cuda and not args.quick else [64]):
         for n in lengths:
-            plain = dense(n, max(1, tokens // n), dim, heads=args.heads)
-            entries.append(Entry(Problem(plain, dtype), ("fwd", "bwd"), compare=False))
-            for kind in (*KINDS, *(("dense",) if n <= DENSE_UP_TO else ())):
-                case = dense(n, max(1, tokens // n), dim, heads=args.heads, bias=kind)
-                problem = Problem(case, dtype, (("no bias", label(plain, dtype)),))
-                entries.append(Entry(problem, ("fwd", "bwd"), compare=False))
+            make = functools.partial(dense, n, max(1, tokens // n), dim, heads=args.heads)
+            entries += _beside_none(make, (*KINDS, *(("dense",) if n <= DENSE_UP_TO else ())), dtype, cuda)
         if cuda and not args.quick and not args.lengths:
-            entries += _jagged(dim, args.heads, dtype)
+            for targets in (0, 20):  # which share one position
+                make = functools.partial(jagged, 1024, 256, dim, heads=args.heads, targets=targets)
+                entries += _beside_none(make, ("relative", "sqrt"), dtype, cuda)
     return entries
 
 
-def _jagged(dim: int, heads: int, dtype: torch.dtype) -> list[Entry]:
-    """Lengths 0.1 to 1 of 1024, without targets and with 20 each, which share one position."""
-    entries = []
-    for targets in (0, 20):
-        plain = jagged(1024, 256, dim, heads=heads, targets=targets)
-        problems = [Problem(plain, dtype)]
-        for kind in ("relative", "sqrt"):
-            biased = jagged(1024, 256, dim, heads=heads, targets=targets, bias=kind)
-            problems.append(Problem(biased, dtype, (("no bias", label(plain, dtype)),)))
-        entries += [Entry(x, ("fwd", "bwd"), compare=False) for x in problems]
+def _beside_none(make: Callable[..., Case], kinds: Sequence[str], dtype: torch.dtype, cuda: bool) -> list[Entry]:
+    """Without bias and with each kind; deterministic, as all is on CPU, without and with relative bias."""
+    plain, entries = make(), []
+    for kind in ("none", *kinds):
+        against = () if kind == "none" else (("no bias", label(plain, dtype)),)
+        directions = ("fwd", "bwd", *(("det",) if cuda and kind in ("none", "relative") else ()))
+        entries.append(Entry(Problem(make(bias=kind), dtype, against), directions, compare=False))
     return entries
 
 

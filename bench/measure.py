@@ -81,9 +81,18 @@ def make_call(provider: Provider, problem: Problem, direction: str, device: str,
         return torch.no_grad()(forward)
     out = forward()
     grad_out = torch.randn(out.shape, dtype=out.dtype, device=device)
-    if direction == "bwd":
-        return lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    if direction in ("bwd", "det"):
+        return lambda: _grad(out, leaves, grad_out, deterministic=direction == "det")
     return lambda: torch.autograd.grad(forward(), leaves, grad_out)
+
+
+def _grad(out: torch.Tensor, leaves: list[torch.Tensor], grad_out: torch.Tensor, deterministic: bool) -> object:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def measure(provider: Provider, problem: Problem, direction: str, s: Settings) -> tuple[Timing, int | None]:

@@ -26,7 +26,7 @@ try:
 except ImportError:  # built without pybind11; the ops work without it
     _core = None
 
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd", "det")  # det: bwd in deterministic mode
 BIASES = ("none", "position", "time", "relative", "sqrt", "dense")  # relative: position and time; sqrt: 2048 buckets
 COUNTED_BY = "hstu_ops._core" if _core else "hstu_ops.reference.attention_mask, slow (no hstu_ops._core in this build)"
 
@@ -150,7 +150,7 @@ def flops(case: Case, direction: str) -> int:
     Forward q k and p v; backward q k again, do v, and the products for dq, dk and dv.
     """
     forward, backward = case.dim_qk + case.dim_v, 3 * case.dim_qk + 2 * case.dim_v
-    dims = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]
+    dims = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward, "det": backward}[direction]
     return 2 * dims * kept_pairs(case) * case.heads
 
 
@@ -166,7 +166,7 @@ def moved_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
     if case.bias.startswith("dense"):
         shared = 1 if "/batch" in case.bias else max(1, len(case.lengths))
         bias = accumulate * kept_pairs(case) // shared * (case.heads if "/head" in case.bias else 1)
-    times = {"fwd": (1, 0, 1), "bwd": (0, 1, 2), "fwd+bwd": (1, 1, 3)}[direction]
+    times = {"fwd": (1, 0, 1), "bwd": (0, 1, 2), "fwd+bwd": (1, 1, 3), "det": (0, 1, 2)}[direction]
     return times[0] * forward * size + times[1] * backward * size + times[2] * bias
 
 

@@ -185,10 +185,11 @@ def bias() -> str:
         ours = rate(lines, f"{case} {kind}", direction)
         return cell(ours, ratio(ours, rate(lines, case, direction)))
 
+    deterministic = (*WAYS, ("deterministic backward", "det"))
     kinds = (
-        ("position and 128 time buckets", "relative"),
-        ("position and 2048 time buckets", "sqrt"),
-        ("dense [1, H, N, N]", "dense"),
+        ("position and 128 time buckets", "relative", (64, 128, 256), deterministic),
+        ("position and 2048 time buckets", "sqrt", (64, 128), WAYS),
+        ("dense [1, H, N, N]", "dense", (64, 128), WAYS),
     )
     shapes = {
         "N 1024, B 128": "N1024 B128",
@@ -199,9 +200,9 @@ def bias() -> str:
     }
     body = [
         [f"{way}, D {dim}, {name}", *(beside(f"{x} D{dim}", kind, direction) for x in shapes.values())]
-        for name, kind in kinds
-        for dim in (64, 128)
-        for way, direction in WAYS
+        for name, kind, dims, ways in kinds
+        for dim in dims
+        for way, direction in ways
     ]
     return table(["bias, TFLOP/s (beside none)", *shapes], body)
 

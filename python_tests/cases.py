@@ -302,6 +302,18 @@ CORNER = [
     Case("dim-256", (40, 70), dim_qk=256, dim_v=256),
     Case("dim-128-dense", (40, 170), dim_qk=128, dim_v=100, bias="dense", scale="row", num_targets=(3, 10)),
     Case("dim-256-dense", (40, 170), dim_qk=256, dim_v=256, bias="dense/head", contextual_seq_len=3),
+    Case(
+        "dim-256-bias",
+        (40, 300),
+        dim_qk=256,
+        dim_v=256,
+        bias="position+time",
+        num_targets=(3, 70),
+        contextual_seq_len=9,
+    ),
+    Case(
+        "dim-200-bias", (300, 40), dim_qk=200, dim_v=256, bias="position/head+time/sqrt", max_attn_len=90, scale="row"
+    ),
     Case("dim-7-by-13", (40, 70), dim_qk=7, dim_v=13, strided=True),
     Case("one-head", (40, 70), heads=1, strided=True),
     Case("position-table-of-1", (40, 70), bias="position/head", positions=1),
@@ -373,6 +385,9 @@ CROWDED = [
     Case("wide", _CROWD, heads=4, dim_qk=128, dim_v=128, bias="position+time"),
     Case("many", _CROWD, heads=4, dim_qk=64, bias="position+time/sqrt", contextual_seq_len=5),
     Case("wide-many", _CROWD, heads=3, dim_qk=72, dim_v=128, bias="time/sqrt", causal=False),
+    Case(
+        "widest", _CROWD, dim_qk=256, dim_v=160, bias="position+time", num_targets=tuple(min(n, n % 9) for n in _CROWD)
+    ),
     Case("dense", _CROWD, dim_qk=64, dim_v=48, bias="dense", num_targets=tuple(min(n, n % 9) for n in _CROWD)),
 ]
 

@@ -154,6 +154,18 @@ def test_flops_and_bytes():
     assert problems.moved_bytes(replace(case, bias="dense"), torch.float32, "fwd") == 4 * 4 * row + 4 * pairs // 3
 
 
+def test_deterministic_backward():
+    """The direction "det" is the backward pass in deterministic mode, which stays behind it as it was before."""
+    seen, x = [], torch.ones(3, requires_grad=True)
+    out = x * 2
+    out.register_hook(lambda grad: seen.append(torch.are_deterministic_algorithms_enabled()))
+    for wanted in (True, False):
+        measure._grad(out, [x], torch.ones(3), deterministic=wanted)
+        assert seen.pop() is wanted and not torch.are_deterministic_algorithms_enabled()
+    case = problems.dense(100, 3, 64)
+    assert problems.flops(case, "det") == problems.flops(case, "bwd")
+
+
 def test_roofline_is_the_slower_of_products_and_memory():
     top = peaks.Peaks("cuda", {torch.bfloat16: 100.0}, copy=10.0)
     assert top.bound(200.0, 10.0, torch.bfloat16) == 2.0

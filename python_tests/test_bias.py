@@ -205,6 +205,7 @@ def _with_buckets(bias, buckets, *heads):
         ("rising", (2,), 64),
         ("rising", (), 64),
         ("rising", (), 128),
+        ("rising", (), 256),
         ("milliseconds", (), 64),
         ("shuffled", (), 64),
         ("ties", (2,), 64),
@@ -239,6 +240,14 @@ def test_many_sequences(kind, case, dtype, device):
         check(case, dtype, device, change=change)
 
 
+@pytest.mark.parametrize("case", [x for x in CROWDED if x.bias != "dense"], ids=str)
+def test_deterministic_mode(case, dtype, device):
+    """Other kernels may run in deterministic mode; their results obey the rule as well."""
+    torch.use_deterministic_algorithms(True)
+    if dtype != torch.float64:
+        check(case, dtype, device)
+
+
 @pytest.mark.parametrize("table", ("log", "sqrt"))
 def test_nan_reaches_the_tables(table, dtype, device):
     """The gradients of all entries that a NaN row reads are NaN: none of it is lost on the way."""
@@ -255,7 +264,7 @@ def test_nan_reaches_the_tables(table, dtype, device):
 
 
 @pytest.mark.parametrize("wanted", ([], ["position_weight"], ["time_weight"]), ids=("neither", "position", "time"))
-@pytest.mark.parametrize("dim", (64, 128))
+@pytest.mark.parametrize("dim", (64, 128, 256))
 @pytest.mark.parametrize("table", ("log", "sqrt"))
 def test_frozen_tables(table, dim, wanted, dtype, device):
     """Which kernels run depends on whose gradients are wanted; those that are obey the rule all the same."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from hstu_ops import hstu_attention
 _dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 # Tables of few entries that every sequence and head adds to: where a race would show.
 _CONTENDED = Case("contended", (200, 0, 150, 170, 1, 90, 130), heads=4, bias="position+time", positions=8)
+_CONTENDED_WIDE = [replace(_CONTENDED, name=f"contended-{d}", dim_qk=d, dim_v=d) for d in (64, 128, 256)]
 _WIDE = Case("wide", (200, 0, 150, 170, 1), heads=2, dim_qk=256, dim_v=256, bias="dense")
-_CASES = [*SMALL, _CONTENDED, _WIDE]
+_CASES = [*SMALL, _CONTENDED, *_CONTENDED_WIDE, _WIDE]
 
 
 def _run(inputs):
