@@ -9,7 +9,9 @@
 //   compute  |  S0 = Q K0^T | S1 = Q K1^T, O += P0 V0 | S2 = Q K2^T, O += P1 V1 | ...
 //            |              P0 = silu(S0)        P1 = silu(S1) while the second product runs
 //
-// P never leaves the registers. Barriers, each with the arrivals that complete it:
+// P never leaves the registers. Of several heads that have the same bias, a block may take an item's together
+// (compute_heads): S0 is then that of the first head, S1 that of the next, and so on tile by tile. Barriers, each with
+// the arrivals that complete it:
 //
 //   item_full    the finding warp               item_empty    each computing warpgroup, and the loading warp
 //   spans_full   the masking warp               item_wanted   the loading warp, near the end of an item
@@ -28,6 +30,7 @@
 #include "cuda/sm90/fwd_bias_prepare.h"
 #include "cuda/sm90/fwd_find.h"
 #include "cuda/sm90/fwd_launch.h"
+#include "cuda/sm90/fwd_load.h"
 #include "cuda/sm90/fwd_storage.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/store.h"
@@ -36,79 +39,6 @@
 #include "cuda/tile/walk.h"
 
 namespace hstu_ops::cuda::sm90 {
-
-// ---- the loading warp ----
-
-template <class C, class T>
-struct FwdLoader {
-  const FwdArguments& arguments;
-  const FwdStorage<C, T>& shared;
-  Ring<C::kStages> ring;
-  unsigned query_round = 0;
-
-  __device__ void load_queries(const FwdItem<C>& item) {
-    FwdBarriers<C>& barrier = shared.barrier;
-    barrier.query.empty[0].wait(query_round ^ 1);
-    if (lane_id() == 0) {
-      barrier.query.full[0].arrive_expect_tx(C::kQueryBytes);
-      const int row = static_cast<int>(item.job.sequence.begin_q) + item.first;
-      for (int p = 0; p < C::kPanels; ++p)
-        ptx::tma_load_3d(shared.query_panel(p).base, arguments.q, barrier.query.full[0], p * kPanel, item.job.item.head,
-                         row);
-    }
-    query_round ^= 1;
-  }
-
-  // The keys of a tile, or its values.
-  __device__ void load_tile(const CUtensorMap& map, ptx::Mbarrier& full, ptx::Mbarrier& empty, uint32_t to, int head,
-                            int row) const {
-    empty.wait(ring.round ^ 1);
-    if (lane_id() == 0) {
-      full.arrive_expect_tx(C::kKeyBytes);
-      for (int p = 0; p < C::kPanels; ++p) ptx::tma_load_3d(to + p * C::kCols * 128, map, full, p * kPanel, head, row);
-    }
-  }
-
-  // The next item may be taken.
-  __device__ void want_item() const {
-    if (lane_id() == 0) shared.barrier.item_wanted.arrive();
-  }
-
-  __device__ void load_item(const FwdItem<C>& item) {
-    FwdBarriers<C>& barrier = shared.barrier;
-    const Job& job = item.job;
-    const TileSpans tiles = item.tiles();
-    const int head = job.item.head, begin = static_cast<int>(job.sequence.begin_kv);
-    bool queries = false;
-    int left = item.paced() ? tiles.size() : 0;
-    if (left > 0 && left <= kLateTiles) want_item();
-    for (int tile = tiles.next(-1); tile < tiles.end(); tile = tiles.next(tile)) {
-      const int stage = ring.stage, row = begin + tile * C::kCols;
-      load_tile(arguments.k, barrier.key.full[stage], barrier.key.empty[stage], shared.key_panel(stage, 0).base, head,
-                row);
-      if (!queries)
-        load_queries(item), queries = true;  // behind the first keys, which need not wait for the item before
-      load_tile(arguments.v, barrier.value.full[stage], barrier.value.empty[stage], shared.value_panel(stage, 0).base,
-                head, row);
-      ring.next();
-      if (--left == kLateTiles) want_item();
-    }
-    if (!queries) load_queries(item);
-  }
-
-  __device__ void run() {
-    if (lane_id() == 0)
-      for (const CUtensorMap* map : {&arguments.k, &arguments.q, &arguments.v}) ptx::prefetch_tensor_map(*map);
-    for (Ring<kItems> at;; at.next()) {
-      const FwdItem<C>& job = shared.items[at.stage];
-      shared.barrier.item.full[at.stage].wait(at.round);
-      if (!job.more) return;
-      load_item(job);
-      __syncwarp();
-      if (lane_id() == 0) shared.barrier.item.empty[at.stage].arrive();
-    }
-  }
-};
 
 // ---- a computing warpgroup ----
 
@@ -147,7 +77,8 @@ struct FwdComputer {
     if constexpr (C::kQueryRegisters) {
 #pragma unroll
       for (int i = 0; i < C::kDim / 16; ++i) {
-        ptx::ldmatrix_x4(q[i], shared.query_panel(i / 4).at(warp_row() + lane_id() % 16, i % 4 * 2 + lane_id() / 16));
+        ptx::ldmatrix_x4(q[i],
+                         shared.query_panel(0, i / 4).at(warp_row() + lane_id() % 16, i % 4 * 2 + lane_id() / 16));
         if constexpr (kFolded)
           for (uint32_t& x : q[i]) x = scaled(x, arguments.alpha);
       }
@@ -156,8 +87,8 @@ struct FwdComputer {
     }
   }
 
-  // S = Q K^T, begun.
-  __device__ __forceinline__ void multiply_keys(const Queries& q, Scores& s) const {
+  // S = Q K^T, begun; head: of the item's.
+  __device__ __forceinline__ void multiply_keys(const Queries& q, Scores& s, int head = 0) const {
     const ptx::Descriptor k(shared.key_panel(ring.stage, 0).base);
     ptx::wgmma_fence();
     if constexpr (C::kQueryRegisters) {
@@ -165,7 +96,7 @@ struct FwdComputer {
       for (int i = 0; i < C::kDim / 16; ++i)
         ptx::Wgmma<C::kCols, T>::multiply_fragment_rows(s, q[i], k.at(i / 4 * C::kCols * 128 + i % 4 * 32), i > 0);
     } else {
-      const ptx::Descriptor rows(shared.query_panel(0).base + group * 64 * 128);
+      const ptx::Descriptor rows(shared.query_panel(head, 0).base + group * 64 * 128);
 #pragma unroll
       for (int i = 0; i < C::kDim / 16; ++i)
         ptx::Wgmma<C::kCols, T>::multiply_rows(s, rows.at(i / 4 * C::kRows * 128 + i % 4 * 32),
@@ -248,6 +179,9 @@ struct FwdComputer {
     release(shared.barrier.value.empty[stage]);
     if constexpr (C::kPreparers > 0) release(shared.barrier.bias.empty[bias_stage]);
   }
+  __device__ __forceinline__ void release_bias() {
+    if constexpr (C::kPreparers > 0) release(shared.barrier.bias.empty[bias_ring.stage]), bias_ring.next();
+  }
   __device__ __forceinline__ void advance() {
     ring.next();
     if constexpr (C::kPreparers > 0) bias_ring.next();
@@ -262,11 +196,14 @@ struct FwdComputer {
   // Gives back a tile of which this warpgroup keeps nothing. No values may be held: the loading warp would wait for
   // their stage.
   __device__ __forceinline__ void skip_tile() {
-    await_keys();
-    if constexpr (C::kPreparers > 0) shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
-    shared.barrier.value.full[ring.stage].wait(ring.round);
-    sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
-    release(shared.barrier.key.empty[ring.stage]);
+    for (int head = 0; head < C::kHeads; ++head) {
+      await_keys();
+      if constexpr (C::kPreparers > 0) shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
+      shared.barrier.value.full[ring.stage].wait(ring.round);
+      sync();  // no product holds the warps together here: all must have seen the tile before its stage is used again
+      release(shared.barrier.key.empty[ring.stage]);
+      if (head + 1 < C::kHeads) release(shared.barrier.value.empty[ring.stage]), ring.next();
+    }
     release_values(ring.stage, bias_ring.stage);
     advance();
   }
@@ -306,9 +243,58 @@ struct FwdComputer {
     release_values(current.stage, bias_ring.before());
   }
 
-  __device__ __forceinline__ void compute(const FwdItem<C>& item, Output& out) {
-    // Dense bias takes registers: with it the tiles are read from shared memory.
-    constexpr bool kThere = std::is_same_v<typename C::Bias, DenseBias>;
+  // The same for several heads, which have bias and mask in common: both are worked out once, beside the last product
+  // of the tile before. A head's second product is begun behind the next one's first.
+  __device__ __forceinline__ void compute_heads(const FwdItem<C>& item, const GroupTiles& tiles, int tile, int end,
+                                                const Queries& q, Output (&out)[C::kHeads]) {
+    constexpr int kLast = C::kHeads - 1;
+    Scores s, bias;
+    Weights p;
+    const int first = tile;
+#pragma unroll 1
+    for (; tile < end; ++tile) {
+      if (tile > first) multiply_values(out[kLast], p, C::kCols, ring.last());
+      start_bias(item, tile, bias);
+      const bool covered = tiles.covers(tile);
+      const uint64_t keep = covered ? 0 : keep_bits(item, tile);
+#pragma unroll
+      for (int head = 0; head <= kLast; ++head) {
+        await_keys();
+        multiply_keys(q, s, head);
+        if (head > 0) {
+          multiply_values(out[head - 1], p, item.job.sequence.mask.len - tile * C::kCols, ring.last());
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+        }
+        release(shared.barrier.key.empty[ring.stage]);
+        if (head == 0) release_bias();  // all warps are done with it: they have begun this product
+        if (head == kLast && tile == tiles.kept.end() - 1) release(shared.barrier.query.empty[0]);
+#pragma unroll
+        for (int i = 0; i < C::kCols / 2; ++i) s[i] = fmaf(s[i], arguments.alpha, bias[i]);
+        Score<T>::activate(reinterpret_cast<Tile&>(s));
+        if (!covered) mask_rows(keep, reinterpret_cast<Tile&>(s));
+        if (head > 0) ptx::wgmma_wait<0>();
+        if (head > 0 || tile > first) release(shared.barrier.value.empty[ring.before()]);
+        round(s, p);
+        ring.next();
+      }
+    }
+    multiply_values(out[kLast], p, item.job.sequence.mask.len - (end - 1) * C::kCols, ring.last());
+    ptx::wgmma_wait<0>();
+    release(shared.barrier.value.empty[ring.before()]);
+  }
+  __device__ __forceinline__ void start_bias(const FwdItem<C>& item, int tile, Scores& bias) const {
+    shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
+    start_from_bias(
+        arguments.params.problem, item.job, BiasStage<typename C::Relative>(shared.bias_stage(bias_ring.stage)),
+        shared.bias_tables(), [&] { return bias_place(item, tile); }, Score<T>::kArgument,
+        reinterpret_cast<Tile&>(bias), [] {});
+  }
+
+  __device__ __forceinline__ void compute(const FwdItem<C>& item, Output (&out)[C::kHeads]) {
+    // Dense bias and several heads take registers: with them the tiles are read from shared memory.
+    constexpr bool kThere = std::is_same_v<typename C::Bias, DenseBias> || C::kHeads > 1;
     std::conditional_t<kThere, const TileSpans&, const TileSpans> walk = item.tiles();
     std::conditional_t<kThere, const GroupTiles&, const GroupTiles> tiles = item.groups[group];
     Queries q;
@@ -317,7 +303,11 @@ struct FwdComputer {
     for (int tile = walk.next(-1); tile < walk.end(); tile = walk.next(tile)) {
       if (tiles.kept.has(tile)) {
         const int end = tiles.run_end(tile);
-        compute_run(item, tiles, tile, end, q, out);
+        if constexpr (C::kHeads == 1) {
+          compute_run(item, tiles, tile, end, q, out[0]);
+        } else {
+          compute_heads(item, tiles, tile, end, q, out);
+        }
         tile = end - 1;
       } else {
         skip_tile();
@@ -325,14 +315,17 @@ struct FwdComputer {
     }
   }
 
-  __device__ __forceinline__ void store(const FwdItem<C>& item, const Output& out) const {
+  __device__ __forceinline__ void store(const FwdItem<C>& item, const Output (&out)[C::kHeads]) const {
     const int first = item.first + warp_row();
-    if (ptx::cluster_size() == 1) {
-      store_output<T>({shared.staging + warp_row() * 128}, arguments.params, item.job, first, out);
+    if (C::kHeads > 1 || ptx::cluster_size() == 1) {
+#pragma unroll
+      for (int head = 0; head < C::kHeads; ++head)
+        store_output<T>({shared.staging + warp_row() * 128}, arguments.params, item.job, item.job.item.head + head,
+                        first, out[head]);
     } else {
       constexpr int kThreads = 128 * C::kGroups;
       ptx::named_barrier_sync(1 + C::kGroups, kThreads);  // nobody needs the tiles any more
-      store_sum<T, kThreads>(shared.keys, threadIdx.x - 128, arguments.params, item.job, first, out);
+      store_sum<T, kThreads>(shared.keys, threadIdx.x - 128, arguments.params, item.job, first, out[0]);
     }
   }
 
@@ -346,9 +339,11 @@ struct FwdComputer {
         shared.bias_tables().turn(arguments.params.problem.relative, item.job.item.head, Score<T>::kArgument,
                                   threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
       }
-      Output out;
+      Output out[C::kHeads];
 #pragma unroll
-      for (float& x : out) x = 0.f;
+      for (Output& sums : out)
+#pragma unroll
+        for (float& x : sums) x = 0.f;
       parity = at.parity();
       if constexpr (C::kSpans) shared.barrier.spans_full[at.stage].wait(at.round);
       compute(item, out);
@@ -415,14 +410,14 @@ Status launch_kernel(const AttentionFwdParams& params, void* workspace, int proc
   constexpr auto kKernel = attention_fwd_kernel<C, T, kFolded>;
   using Launch = FwdLaunch<C, kKernel>;
   if (Status s = allow_shared_memory<kKernel>(device, C::kSharedBytes); !s.ok()) return s;
-  const int parts = Launch::key_parts(a, device, processors);
-  const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
+  const int parts = C::kHeads > 1 ? 1 : Launch::key_parts(a, device, processors);
+  const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads);
   const bool shared_out = workspace && parts == 1 && items > processors;
   FwdArguments arguments{{},
                          {},
                          {},
                          params,
-                         query_schedule(a),
+                         query_schedule(a, C::kHeads),
                          Tickets(shared_out ? workspace : nullptr),
                          static_cast<float>(a.alpha) * Score<T>::kArgument};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
@@ -452,10 +447,25 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, int proc
   return launch_problem<T, FwdPlan<FwdConfig<kDim>, NoBias>>(params, workspace, processors, stream);
 }
 
+// Are there heads that share both tables, and so many items of them that processors are evenly busy? At D 128 it is
+// worth it where most scores are looked up.
+template <class C, class T>
+bool may_share_bias(const AttentionProblem& a, int processors) {
+  const RelativeBiasParams& r = a.relative;
+  return a.heads % C::kHeads == 0 && (!r.position_weight || r.position_head_stride == 0) &&
+         (!r.time_weight || r.time_head_stride == 0) && (C::kDim == 64 || has_many_buckets<T>(r)) &&
+         most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads) >= 4 * processors;
+}
+
 template <class T, int kDim>
 Status attention_fwd_biased(const AttentionFwdParams& params, void* workspace, int processors, cudaStream_t stream) {
   if (params.problem.dense.data)
     return launch_problem<T, FwdPlan<FwdConfig<kDim>, DenseBias>>(params, workspace, processors, stream);
+  if constexpr (kDim <= 128) {
+    using Heads = FwdPlan<FwdHeadsConfig<kDim>, RelativeBias>;
+    if (may_share_bias<Heads, T>(params.problem, processors))
+      return launch_problem<T, Heads>(params, workspace, processors, stream);
+  }
   return launch_problem<T, FwdPlan<FwdConfig<kDim>, RelativeBias>>(params, workspace, processors, stream);
 }
 

@@ -75,7 +75,7 @@ class BiasNoter {
     bool rise;
   };
   __device__ __forceinline__ KeyTimes read_keys(const TimeTerm& time, int tile) const {
-    constexpr int kBatch = C::kDim == 64 ? Queue::kTiles : 4;  // whose loads are in flight together
+    constexpr int kBatch = C::kLoadRegisters >= 80 ? Queue::kTiles : 4;  // whose loads are in flight together
     KeyTimes mine = {};
 #pragma unroll
     for (int first = 0; first < Queue::kTiles; first += kBatch) {

@@ -17,7 +17,8 @@ __device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>
   unsigned wanted = 0;
   for (Ring<kItems> at;;) {
     FwdItem<C>& job = shared.items[at.stage];
-    const WorkItem item = finder.find(ticket);
+    WorkItem item = finder.find(ticket);
+    item.head *= C::kHeads;
     const bool more = item.block >= 0;
     if (more)
       job.set(item, load_sequence(problem.jagged, problem.mask, item.sequence), ticket, ptx::cluster_rank(),

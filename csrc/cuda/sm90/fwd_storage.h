@@ -21,24 +21,24 @@ struct FwdArguments {
   float alpha;  // times the argument of SiLU
 };
 
-// Cells of the look-up and tiles noted together: what tiles leave room for. A ring of bias stages of its own, for
-// tables come later than keys.
+// What tiles leave room for: see BiasShape. A ring of bias stages of its own, for tables come later than keys.
+template <class Shape>
+struct FwdBiasSizes {
+  static constexpr bool kHeads = Shape::kHeads > 1;
+  static constexpr int kCells = Shape::kDim == 256 ? 560 : Shape::kDim == 64 ? 5120 : kHeads ? 4096 : 4352;
+  static constexpr int kNotedTiles = Shape::kDim == 256 ? 4 : 8;
+  static constexpr int kStages = Shape::kDim == 256 ? 3 : Shape::kDim == 128 || kHeads ? 4 : 8;
+};
 template <class Shape, class Bias>
-using FwdBiasPlan = BiasPlan<Shape, Bias,
-                             Shape::kDim == 256   ? 560
-                             : Shape::kDim == 128 ? 4352
-                                                  : 5120,
-                             Shape::kDim == 256 ? 4 : 8,
-                             Shape::kDim == 64    ? 8
-                             : Shape::kDim == 128 ? 4
-                                                  : 3>;
+using FwdBiasPlan =
+    BiasPlan<Shape, Bias, FwdBiasSizes<Shape>::kCells, FwdBiasSizes<Shape>::kNotedTiles, FwdBiasSizes<Shape>::kStages>;
 
 // Shape and Bias, one of tile/bias.h.
 template <class Shape, class Bias>
 struct FwdPlan : FwdBiasPlan<Shape, Bias> {
   using Base = FwdBiasPlan<Shape, Bias>;
   // The preparing warps take what the computing ones of this dimension leave.
-  static constexpr bool kSpare = Base::kPreparers && Shape::kDim == 64;
+  static constexpr bool kSpare = Base::kPreparers && Shape::kDim == 64 && Shape::kGroups == 3;
   static constexpr int kLoadRegisters = kSpare ? 80 : Shape::kLoadRegisters;
   static constexpr int kComputeRegisters = kSpare ? 144 : Shape::kComputeRegisters;
   static constexpr bool kSpans = std::is_same_v<Bias, NoBias>;
@@ -78,7 +78,7 @@ struct FwdStorage {
   __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
       : barrier(barrier), items(items) {
     queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
-    keys = queries + C::kQueryBytes;
+    keys = queries + C::kHeads * C::kQueryBytes;
     values = keys + C::kStages * C::kKeyBytes;
     staging = values + C::kStages * C::kKeyBytes;
     bias = staging + C::kRows * 128;
@@ -89,7 +89,9 @@ struct FwdStorage {
     return bias + BiasTables<typename C::Relative>::kBytes + stage * C::kBiasStageBytes;
   }
   __device__ typename C::Notes notes() const { return {bias_stage(C::kBiasStages)}; }
-  __device__ Panel query_panel(int panel) const { return {queries + panel * C::kRows * 128}; }
+  __device__ Panel query_panel(int head, int panel) const {
+    return {queries + head * C::kQueryBytes + panel * C::kRows * 128};
+  }
   __device__ uint32_t row_spans(int buffer, int row) const { return spans + (buffer * C::kRows + row) * 16; }
   __device__ Panel key_panel(int stage, int panel) const {
     return {keys + stage * C::kKeyBytes + panel * C::kCols * 128};

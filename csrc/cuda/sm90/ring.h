@@ -13,6 +13,7 @@ struct Ring {
     if (++stage == kStages) stage = 0, round ^= 1;
   }
   __device__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+  __device__ Ring last() const { return {before(), stage == 0 ? round ^ 1 : round}; }
   // Of the number of steps so far.
   __device__ unsigned parity() const {
     static_assert(kStages % 2 == 1);

@@ -31,11 +31,11 @@ __device__ __forceinline__ void store_rows(const SmemTile<T, 64>& tile, const Gl
 // the last query and columns past the last dimension are left alone.
 template <class T, int kValues>
 __device__ __forceinline__ void store_output(const SmemTile<T, 64>& staging, const AttentionFwdParams& params,
-                                             const Job& job, int first, const float (&acc)[kValues]) {
+                                             const Job& job, int head, int first, const float (&acc)[kValues]) {
   if (first < 0 || first >= job.sequence.num_q) return;
   const AttentionProblem& problem = params.problem;
   const RowScale scale(problem.scale, job.item.sequence, job.sequence.begin_q);
-  GlobalRows<T> rows(params.out, job.sequence.begin_q, job.item.head, problem.dim_v);
+  GlobalRows<T> rows(params.out, job.sequence.begin_q, head, problem.dim_v);
   const int last = job.sequence.num_q - 1;
   const float low = scale(min_int(first + lane_row(), last)), high = scale(min_int(first + lane_row() + 8, last));
 #pragma unroll

@@ -196,8 +196,8 @@ inline Schedule key_schedule(const AttentionProblem& a, int heads = 1) {
   return s;
 }
 
-inline Schedule query_schedule(const AttentionProblem& a) {
-  Schedule s = key_schedule(a);
+inline Schedule query_schedule(const AttentionProblem& a, int heads = 1) {
+  Schedule s = key_schedule(a, heads);
   if (a.jagged.offsets_q) s.offsets = a.jagged.offsets_q;
   s.total = a.jagged.total_q;
   return s;
