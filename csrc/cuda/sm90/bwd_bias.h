@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/ptx/math.h"
-#include "cuda/sm90/fwd_bias_add.h"
+#include "cuda/sm90/fwd_bias_start.h"
 #include "cuda/sm90/score_factors.h"
 
 namespace hstu_ops::cuda::sm90 {

@@ -28,6 +28,7 @@
 #include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/fwd_bias_add.h"
 #include "cuda/sm90/fwd_bias_prepare.h"
+#include "cuda/sm90/fwd_bias_start.h"
 #include "cuda/sm90/fwd_find.h"
 #include "cuda/sm90/fwd_launch.h"
 #include "cuda/sm90/fwd_load.h"
