@@ -4,7 +4,8 @@
 #include <cstddef>
 
 #include "core/params.h"
-#include "cuda/tile/workspace.h"
+#include "cuda/sm90/tickets.h"
+#include "cuda/tile/table_grad.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -23,11 +24,10 @@ struct BwdScratch {
     const AttentionProblem& a = p.problem;
     const auto take = [&](size_t size) {
       void* at = memory ? static_cast<char*>(memory) + bytes : nullptr;
-      bytes += (size + 63) / 64 * 64;
+      bytes += (size + 127) / 128 * 128;
       return at;
     };
-    for (void** tickets : {&key_tickets, &query_tickets, &bias_tickets}) *tickets = take(64);
-    take(64);
+    for (void** tickets : {&key_tickets, &query_tickets, &bias_tickets}) *tickets = take(sizeof(TicketCounters));
     sum_bytes = bwd_sums_queries(padded_dim, p.deterministic)
                     ? static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)
                     : 0;
