@@ -123,7 +123,8 @@ class RelativeAttentionBias(nn.Module):
 
     Parameters: `position_weight` `[2 * max_seq_len - 1]` (None with `position=False`) and `time_weight` `[n + 1]` for n
     boundaries (None without `buckets`), or `[num_heads, ...]` when num_heads is given; float32, initially normal(0,
-    0.02) as published. The boundaries are a buffer that moves with the module and is not saved.
+    0.02) as published. The boundaries are a buffer that moves with the module and is not saved; a module made on "meta"
+    has them again behind `to_empty`.
 
         >>> rab = RelativeAttentionBias(max_seq_len=200, buckets=TimeBuckets.log())
         >>> out = hstu_attention(q, k, v, seq_offsets, 200, bias=rab(timestamps))
@@ -149,6 +150,7 @@ class RelativeAttentionBias(nn.Module):
 
         boundaries = None if buckets is None else buckets.boundaries.to(device or torch.get_default_device())
         self.register_buffer("boundaries", boundaries, persistent=False)
+        self._boundaries = None if buckets is None else buckets.boundaries.cpu()  # what the buffer holds everywhere
         self.position_weight = table(2 * max_seq_len - 1) if position else None
         self.time_weight = None if buckets is None else table(len(boundaries) + 1)
         self.reset_parameters()
@@ -156,6 +158,12 @@ class RelativeAttentionBias(nn.Module):
     def reset_parameters(self) -> None:
         for weight in self.parameters():
             nn.init.normal_(weight, mean=0.0, std=0.02)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RelativeAttentionBias:
+        super()._apply(fn, recurse)
+        if self._boundaries is not None:  # `fn` may leave memory that nobody wrote
+            self.boundaries = self._boundaries.to(self.boundaries.device)
+        return self
 
     def forward(self, timestamps: Tensor | None = None, query_timestamps: Tensor | None = None) -> RelativeBias:
         """The bias of a batch: `timestamps` int64 `[total_kv]`, `query_timestamps` int64 `[total_q]` or None."""

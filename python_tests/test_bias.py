@@ -97,10 +97,16 @@ def test_module_tables():
 
 
 def test_module_on_a_device(device):
+    torch.use_deterministic_algorithms(True)  # new memory is then filled with what nobody wants
     made = RelativeAttentionBias(7, TimeBuckets.log(), device=device)
     moved = RelativeAttentionBias(7, TimeBuckets.log()).to(device)
-    for rab in (made, moved):
+    with torch.device("meta"):  # as large models are made: parameters come from a checkpoint, the buffer from nowhere
+        empty = RelativeAttentionBias(7, TimeBuckets.log())
+    empty = empty.to_empty(device=device)
+    empty.load_state_dict(made.state_dict())
+    for rab in (made, moved, empty):
         assert {x.device.type for x in (*rab.parameters(), *rab.buffers())} == {torch.device(device).type}
+        assert rab.boundaries.tolist() == TimeBuckets.log().boundaries.tolist()
 
 
 @pytest.mark.usefixtures("deterministic")
