@@ -114,6 +114,9 @@ def train(arguments: argparse.Namespace) -> int:
         print(dataset)
         if dataset.best is not None:
             print("best possible: " + ", ".join(f"{x} {value:.4f}" for x, value in dataset.best.items()))
+            longest, read = int(dataset.test.lengths.max()), arguments.max_seq_len
+            if read is not None and read + 1 < longest:
+                print(f"  that is of all {longest} items of a record; of the last {read} are the figures below")
         runs = {}
         for encoder in COMPARED if arguments.baseline else (arguments.encoder,):
             runs[encoder] = fit(encoder, dataset, arguments)
@@ -135,6 +138,8 @@ def fit(encoder: str, dataset: Dataset, arguments: argparse.Namespace) -> Run:
     """Trains one model; prints as it goes."""
     stream, device = dataset.stream, arguments.device
     epochs = arguments.epochs or (5 if stream else 30)
+    if stream and epochs > len(dataset.train):
+        raise ValueError(f"--epochs: expected at most {len(dataset.train)}, a record of the stream each, got {epochs}")
     run = _start(encoder, dataset, arguments, epochs)
     weights = sum(p.numel() for n, p in run.model.named_parameters() if n.startswith("encoder."))
     print(f"\n{encoder}: {arguments.layers} layers, {weights} weights in the encoder; {device}\n")

@@ -277,6 +277,7 @@ def test_user_errors(tmp_path, monkeypatch, capsys):
         (["--ratings", broken], f"line {lines}: "),
         (["--ratings", tmp_path / "none"], "none"),
         (["--dim", 15, "--scale", 0.005], "dim_qk"),
+        (["--scale", 0.002, "--epochs", 91], "--epochs: expected at most 90"),  # parts of the stream
     ):
         status, _, err = command(monkeypatch, capsys, *given, "--output", tmp_path)
         assert status == 2 and words in err and "Traceback" not in err
@@ -291,6 +292,15 @@ def test_numbers_out_of_range(name, value, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, capsys, name, value, "--output", tmp_path)
     assert f"argument {name}: expected at least" in capsys.readouterr().err
+
+
+def test_best_possible_is_of_whole_records(tmp_path, monkeypatch, capsys):
+    given = ["--scale", 0.002, "--epochs", 1, "--layers", 1, "--output", tmp_path]
+    for read in (127, 128, None):  # the first item of 128 is not predicted
+        _, out, _ = command(monkeypatch, capsys, *given, *(["--max-seq-len", read] if read else []))
+        assert "figures below" not in out
+    _, out, _ = command(monkeypatch, capsys, *given, "--max-seq-len", 20)
+    assert "all 128 items of a record; of the last 20 are the figures below" in out
 
 
 def test_sampled_softmax_and_other_encoders(tmp_path, monkeypatch, capsys):
