@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from .bias import RelativeBias, accumulation_dtype
+from .bias import RelativeBias, TimeBuckets, accumulation_dtype
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTS = (torch.int32, torch.int64)
@@ -238,6 +238,12 @@ def _fail(name: str, expected: str, got: object, error: type[Exception] = ValueE
     raise error(f"hstu_ops: {name}: expected {expected}, got {got}")
 
 
+def _expect_tensors(**arguments: object) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            _fail(name, "a tensor", x, TypeError)
+
+
 def _is_number(x: object) -> bool:
     return isinstance(x, (float, int, torch.SymFloat, torch.SymInt))
 
@@ -348,6 +354,8 @@ def _check_relative(bias: RelativeBias, q: Tensor, total_q: int, total_kv: int) 
         return
     if bias.buckets is None:
         _fail("bias.buckets", "TimeBuckets, as bias.time_weight is given", None)
+    if not isinstance(bias.buckets, TimeBuckets):
+        _fail("bias.buckets", "TimeBuckets", bias.buckets, TypeError)
     boundaries, timestamps, query_timestamps = bias.buckets.boundaries, bias.timestamps, bias.query_timestamps
     _check_table("bias.time_weight", time_weight, q)
     if time_weight.shape[-1] != boundaries.shape[0] + 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 import torch.utils._pytree
@@ -141,6 +142,10 @@ class RelativeAttentionBias(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(max_seq_len, Integral):
+            raise TypeError(f"max_seq_len: expected an int, got {type(max_seq_len).__name__}")
+        if not isinstance(buckets, TimeBuckets | None):
+            raise TypeError(f"buckets: expected TimeBuckets, got {type(buckets).__name__}")
         _require(max_seq_len >= 1, "max_seq_len", "at least 1", max_seq_len)
         _require(position or buckets is not None, "buckets", "TimeBuckets where position=False", buckets)
         heads = () if num_heads is None else (num_heads,)

@@ -34,6 +34,8 @@ class Histories:
         for name in ("items", "seq_offsets"):
             if not isinstance(getattr(self, name), Tensor):
                 _fail(name, "an int64 tensor", getattr(self, name), TypeError)
+        if self.items.dim() != 1 or self.items.is_floating_point():
+            _fail("items", "int64 [T]", self.items)
         total, offsets = len(self.items), self.seq_offsets
         if offsets.dim() != 1 or len(offsets) < 1:
             _fail("seq_offsets", "shape [B + 1]", offsets)

@@ -15,7 +15,7 @@ from . import reference
 from .attention import _fail
 from .baselines import SoftmaxHSTU, Transformer
 from .bias import RelativeAttentionBias, TimeBuckets
-from .histories import Histories
+from .histories import Histories, _content_is_checked
 from .layer import HSTU, HSTULayer
 
 ENCODERS = {"hstu": HSTU, "reference": reference.HSTU, "softmax-hstu": SoftmaxHSTU, "transformer": Transformer}
@@ -143,7 +143,8 @@ class HSTURecommender(nn.Module):
 
         Arguments:
             histories: with actions if num_actions > 0 (those of targets are not read), and with timestamps for a time
-                bias (those of targets are the time of the request).
+                bias (those of targets are the time of the request). Items that the model does not have are a
+                ValueError on CPU and, with `HSTU_OPS_CHECK=1`, elsewhere.
             num_targets: int64 `[B]`: the last rows of each sequence are candidates.
             request_timestamps: int64 `[B]`, when the next item is asked for. Default: the time of the last row.
         """
@@ -152,6 +153,8 @@ class HSTURecommender(nn.Module):
         if self.uses_time and histories.timestamps is None:
             _fail("histories.timestamps", "a tensor, as there is a time bias", None)
         items, sequence, lengths = histories.items, histories.sequence, histories.lengths
+        if _content_is_checked(items):
+            self._check_items("histories.items", items)
         row = torch.arange(len(items), device=items.device) - histories.seq_offsets[sequence]
         past = (lengths if num_targets is None else lengths - num_targets)[sequence]
         is_target = row >= past
@@ -169,6 +172,11 @@ class HSTURecommender(nn.Module):
             asked = torch.where(last, times if request_timestamps is None else request_timestamps[sequence], asked)
             options.update(timestamps=times, query_timestamps=torch.where(is_target, times, asked))
         return self.encoder(self.dropout(x), histories.seq_offsets, **options)
+
+    def _check_items(self, name: str, items: Tensor) -> None:
+        unknown = items[(items < 0) | (items >= self.num_items)]
+        if len(unknown) > 0:
+            _fail(name, f"items from 0 to {self.num_items - 1}", unknown.unique()[:10].tolist())
 
     def item_logits(self, rows: Tensor, items: Tensor | None = None) -> Tensor:
         """How well items (int64 `[n]`; default: all) follow encoded rows `[m, embedding_dim]`: float32 `[m, n]`."""
@@ -227,11 +235,17 @@ class HSTURecommender(nn.Module):
         request_timestamps: int64 `[B]`; default: the time of the last item.
         """
         if isinstance(candidates, Tensor):
+            if candidates.dim() != 2 or len(candidates) != len(histories):
+                _fail("candidates", f"int64 [{len(histories)}, n]", candidates)
             batch, count = candidates.shape
             offsets = torch.arange(batch + 1, device=candidates.device) * count
             return self.score(
                 histories, Histories(candidates.flatten(), offsets), request_timestamps=request_timestamps
             ).view(batch, count)
+        if not isinstance(candidates, Histories):
+            _fail("candidates", "int64 [B, n] or Histories", candidates, TypeError)
+        if len(candidates) != len(histories):
+            _fail("candidates", f"those of {len(histories)} users", f"those of {len(candidates)}")
         user = candidates.sequence
         if self.uses_time:
             asked = _last(histories.timestamps, histories) if request_timestamps is None else request_timestamps
@@ -263,8 +277,7 @@ class HSTURecommender(nn.Module):
             _fail("k", f"1 to {self.num_items}, the number of items", k)
         if bool((histories.lengths < 1).any()):
             _fail("history", "at least one item a user", histories.lengths.tolist())
-        if bool(((histories.items < 0) | (histories.items >= self.num_items)).any()):
-            _fail("history", f"items from 0 to {self.num_items - 1}", histories.items.unique().tolist())
+        self._check_items("history", histories.items)
         histories = histories.to(self.item_embedding.weight.device)
         recent = histories.recent(self.max_seq_len)
         logits = self.item_logits(self(recent, request_timestamps=request_timestamps)[recent.seq_offsets[1:] - 1])

@@ -77,6 +77,12 @@ def test_buckets_are_not_shared():
         (lambda: TimeBuckets.sqrt(units_per_increment=-1.0), ValueError, "units_per_increment: expected a positive"),
         (lambda: RelativeAttentionBias(0), ValueError, "max_seq_len: expected at least 1"),
         (lambda: RelativeAttentionBias(5, position=False), ValueError, "buckets: expected TimeBuckets"),
+        (
+            lambda: RelativeAttentionBias(5, torch.tensor([1, 2])),
+            TypeError,
+            "buckets: expected TimeBuckets, got Tensor",
+        ),
+        (lambda: RelativeAttentionBias(5.5), TypeError, "max_seq_len: expected an int, got float"),
     ],
 )
 def test_errors(make_bad, error, message):

@@ -189,6 +189,9 @@ def test_hstu_mha_says_what_it_cannot_do(options, message):
         hstu_mha(N, 1.0, x, x, x, offsets((4, 5)), **options)
     with pytest.raises(ValueError, match="delta_q: expected as many rows for each of the 2 sequences"):
         delta_hstu_mha(N, 1.0, x, x, x, offsets((4, 5)))
+    for call in (lambda: hstu_mha(N, 1.0, x, x, x, [0, 9]), lambda: delta_hstu_mha(N, 1.0, x, x, x, [0, 9])):
+        with pytest.raises(TypeError, match="seq_offsets: expected a tensor, got list"):
+            call()
     hstu_mha(N, 1.0, x, x, x, offsets((4, 5)), dropout_pr=0.1, training=False, max_attn_len=None)
 
 
@@ -382,6 +385,8 @@ def test_hstu_attn_says_what_it_cannot_do(options, message):
     hstu_attn_varlen_func(x, x, x, cu, cu, **arguments)
     with pytest.raises(ValueError, match=message):
         hstu_attn_varlen_func(x, x, x, cu, cu, **{**arguments, **options})
+    with pytest.raises(TypeError, match="cu_seqlens_q: expected a tensor, got list"):
+        hstu_attn_varlen_func(x, x, x, cu.tolist(), cu, **arguments)
 
 
 # ---- signatures ------------------------------------------------------------------------------------------

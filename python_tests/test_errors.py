@@ -111,6 +111,7 @@ _WRONG = [
         "bias.time_weight: expected a float tensor, got int64",
     ),
     ("bias", _bias(buckets=None), ValueError, "bias.buckets: expected TimeBuckets"),
+    ("bias", _bias(buckets=torch.arange(128)), TypeError, "bias.buckets: expected TimeBuckets, got int64"),
     (
         "bias",
         _bias(buckets=TimeBuckets(torch.zeros(128))),

@@ -264,6 +264,9 @@ def test_save_and_load(tmp_path, device):
     assert isinstance(loaded.encoder, reference.HSTU)
 
 
+_ONE, _UNKNOWN = Histories.from_lists([[1, 2]]), Histories.from_lists([[1, 40, -1]])
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -277,6 +280,14 @@ def test_save_and_load(tmp_path, device):
         ("seq_offsets", lambda: Histories(torch.arange(5), torch.tensor([0, 3]))),
         ("timestamps", lambda: Histories(torch.arange(5), torch.tensor([0, 5]), torch.arange(4))),
         ("items", lambda: Histories([1, 2], torch.tensor([0, 2]))),
+        ("items: expected int64", lambda: Histories(torch.ones(2), torch.tensor([0, 2]))),
+        ("items: expected int64", lambda: Histories(torch.ones(2, 2).long(), torch.tensor([0, 2]))),
+        (r"histories.items: expected items from 0 to 39, got \[-1, 40\]", lambda: recommender()(_UNKNOWN)),
+        (r"candidates: expected int64 \[1, n\]", lambda: recommender().score(_ONE, torch.tensor([1, 2]))),
+        (r"candidates: expected int64 \[1, n\]", lambda: recommender().score(_ONE, torch.ones(2, 3).long())),
+        ("candidates: expected those of 1 users", lambda: recommender().score(_ONE, Histories.from_lists([[1], [2]]))),
+        ("candidates: expected int64", lambda: recommender().score(_ONE, [[1, 2]])),
+        ("items: expected items", lambda: recommender().score(_ONE, torch.tensor([[40]]))),
         ("histories", lambda: recommender().next_item_loss(Histories.from_lists([[1, 2], []]))),
         ("histories", lambda: recommender().ranking_loss(Histories.from_lists([[], [1, 2]]))),
     ],

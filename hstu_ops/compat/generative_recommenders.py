@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import _fail, hstu_attention
+from ..attention import _expect_tensors, _fail, hstu_attention
 from ..bias import RelativeAttentionBias, TimeBuckets
 from ..layer import HSTULayer
 
@@ -52,6 +52,7 @@ def hstu_mha(
 
     Gradients of q, k and v. Errors: TypeError or ValueError naming the argument.
     """
+    _expect_tensors(q=q, k=k, v=v, seq_offsets=seq_offsets)
     if not causal:
         _fail("causal", "True, as in generative_recommenders (or hstu_ops.hstu_attention, which has both)", causal)
     if dropout_pr > 0 and training:
@@ -101,6 +102,7 @@ def delta_hstu_mha(
 
     Gradients of delta_q, k and v. Errors: TypeError or ValueError naming the argument.
     """
+    _expect_tensors(delta_q=delta_q, k=k, v=v, seq_offsets=seq_offsets)
     batch = seq_offsets.shape[0] - 1
     delta, rest = divmod(delta_q.shape[0], max(batch, 1))
     if rest:

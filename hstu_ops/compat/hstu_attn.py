@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import _fail, hstu_attention
+from ..attention import _expect_tensors, _fail, hstu_attention
 from ..bias import accumulation_dtype
 
 
@@ -61,6 +61,7 @@ def hstu_attn_varlen_func(
 
     Gradients of q, k, v and, with has_drab, rab. Errors: TypeError or ValueError naming the argument.
     """
+    _expect_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     for name, value in (("kv_cache", kv_cache), ("page_offsets", page_offsets), ("page_ids", page_ids)):
         if value is not None:
             _fail(name, "None: paged caches are not supported; pass keys and values as k and v", value)
