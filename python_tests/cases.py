@@ -398,7 +398,9 @@ CROWDED = [
         contextual_seq_len=3,
         num_targets=tuple(min(n, n % 9) for n in _CROWD),
     ),
-    Case("heads-window", _CROWD, heads=12, bias="position", max_attn_len=30, queries=tuple(n // 2 for n in _CROWD)),
+    Case(
+        "heads-window", _CROWD, heads=12, bias="position+time", max_attn_len=30, queries=tuple(n // 2 for n in _CROWD)
+    ),
     Case("heads-many", _CROWD, heads=6, dim_qk=128, dim_v=72, bias="position+time/sqrt", scale="row"),
     Case("dense", _CROWD, dim_qk=64, dim_v=48, bias="dense", num_targets=tuple(min(n, n % 9) for n in _CROWD)),
 ]

@@ -448,13 +448,15 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, int proc
   return launch_problem<T, FwdPlan<FwdConfig<kDim>, NoBias>>(params, workspace, processors, stream);
 }
 
-// Are there heads that share both tables, and so many items of them that processors are evenly busy? At D 128 it is
-// worth it where most scores are looked up.
+// Are there heads that share both tables, and so many items of them that processors are evenly busy? It is worth it
+// where most scores are looked up and, at D 64, where sequences are short; never for positions alone.
 template <class C, class T>
 bool may_share_bias(const AttentionProblem& a, int processors) {
   const RelativeBiasParams& r = a.relative;
-  return a.heads % C::kHeads == 0 && (!r.position_weight || r.position_head_stride == 0) &&
-         (!r.time_weight || r.time_head_stride == 0) && (C::kDim == 64 || has_many_buckets<T>(r)) &&
+  constexpr int64_t kLong = 4096;  // mean keys of a sequence
+  const bool is_short = C::kDim == 64 && a.jagged.total_kv < kLong * a.jagged.batch;
+  return r.time_weight && (is_short || has_many_buckets<T>(r)) && r.time_head_stride == 0 &&
+         (!r.position_weight || r.position_head_stride == 0) && a.heads % C::kHeads == 0 &&
          most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads) >= 4 * processors;
 }
 
