@@ -54,6 +54,10 @@ struct RelativeBiasParams {
   int num_boundaries = 0;
   const int64_t* timestamps = nullptr;        // [total_kv]
   const int64_t* query_timestamps = nullptr;  // [total_q], absent: timestamps of the query's own row
+
+  bool same_for_all_heads() const {
+    return (!position_weight || position_head_stride == 0) && (!time_weight || time_head_stride == 0);
+  }
 };
 
 struct DenseBiasParams {

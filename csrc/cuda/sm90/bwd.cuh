@@ -249,8 +249,8 @@ struct BwdComputer : BwdGroup<C, T> {
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
-  shared.bias_tables().make(arguments.params.problem.relative, arguments.factors.bias, threadIdx.x - 64, kThreads,
-                            [] { meet(2 + C::kGroups, kThreads); });
+  shared.bias().tables().make(arguments.params.problem.relative, arguments.factors.bias, threadIdx.x - 64, kThreads,
+                              [] { meet(2 + C::kGroups, kThreads); });
 }
 
 template <class C, class T>
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
     ptx::launch_dependents();  // what follows needs nothing of this kernel before its own end
   }
   if constexpr (C::kBias)
-    shared.bias_tables().clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x, C::kThreads);
+    shared.bias().tables().clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x, C::kThreads);
   __syncthreads();
   if constexpr (C::kBias)
     if (threadIdx.x >= 64) make_bias_tables(arguments, shared);

@@ -32,7 +32,7 @@ struct BwdFiller {
     Gate<C::kBiasStages>& gate = shared.state.barrier.bias;
     const int index = at.stage<C::kBiasStages>();
     gate.empty[index].wait(at.round<C::kBiasStages>() ^ 1);
-    const Stage stage(shared.bias_stage(index));
+    const Stage stage(shared.bias().stage(index));
     const PositionTerm position(relative, job.item.head);
     if (position.weight) {
       const int from = (job.item.block + 1) * C::kKeys - 1 - row + position.positions - 1 - lane,
@@ -56,7 +56,8 @@ struct BwdFiller {
     constexpr int kChunks = Stage::kWarps * WarpNote::kBytes / 16;
     static_assert(kChunks <= 32);
     if (lane < kChunks)
-      ptx::st_shared(stage.note(0).at + lane * 16, ptx::ld_shared_u4(shared.notes().at(0, index, 0).at + lane * 16));
+      ptx::st_shared(stage.note(0).at + lane * 16,
+                     ptx::ld_shared_u4(shared.bias().notes().at(0, index, 0).at + lane * 16));
     __syncwarp();
     if (lane == 0) gate.empty[index].arrive();
   }
@@ -69,7 +70,7 @@ class BwdNoter {
   __device__ BwdNoter(const BwdArguments& arguments, const BwdStorage<C, T>& shared)
       : relative_(arguments.params.problem.relative),
         shared_(shared),
-        times_(relative_, shared.bias_tables(), arguments.factors.bias) {}
+        times_(relative_, shared.bias().tables(), arguments.factors.bias) {}
 
   __device__ __forceinline__ void run() {
     put(progress().items, {}), put(progress().parts, {}), put(progress().tiles, {});
@@ -196,7 +197,7 @@ class BwdNoter {
     for (int pair = Lane().id; pair < count * kWarps; pair += 32) {
       const int i = place({progress().tiles.count + pair / kWarps}), warp = pair % kWarps;
       const BwdColumns& columns = shared_.state.columns[i];
-      const WarpNote note = shared_.notes().at(0, i, warp);
+      const WarpNote note = shared_.bias().notes().at(0, i, warp);
       note.set(0, 0.f);
       if (relative_.time_weight) {
         const TimeEnds at = {columns.ends.x, columns.ends.y, rows().ends[warp].x, rows().ends[warp].y};

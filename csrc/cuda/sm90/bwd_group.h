@@ -101,8 +101,8 @@ struct BwdGroup {
                 shared.state.rows[item.stage<kBwdJobs>()].times + warp * 16, shared.scratch(count) + warp * 2048};
       };
       start_from_bias(arguments.params.problem, job,
-                      BiasStage<typename C::Relative>(shared.bias_stage(count.stage<C::kBiasStages>())),
-                      shared.bias_tables(), at, arguments.factors.bias, reinterpret_cast<Part&>(s), [&] {
+                      BiasStage<typename C::Relative>(shared.bias().stage(count.stage<C::kBiasStages>())),
+                      shared.bias().tables(), at, arguments.factors.bias, reinterpret_cast<Part&>(s), [&] {
                         if (C::kQuerySums) await_scores(count);
                         if (!C::kSplitKeys) await_slopes(count);
                       });
@@ -122,8 +122,8 @@ struct BwdGroup {
   __device__ __forceinline__ void turn_tables(const Job& job) const {
     if constexpr (C::kBias) {
       constexpr int kThreads = C::kSplitKeys ? 128 * C::kGroups : 128;
-      shared.bias_tables().turn(arguments.params.problem.relative, job.item.head, arguments.factors.bias,
-                                threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+      shared.bias().tables().turn(arguments.params.problem.relative, job.item.head, arguments.factors.bias,
+                                  threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
     }
   }
 

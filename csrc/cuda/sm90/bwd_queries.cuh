@@ -93,8 +93,8 @@ struct BwdQueriesComputer {
                 shared.scratch(warp)};
       };
       start_from_bias(arguments.params.problem, job,
-                      BiasStage<typename C::Relative>(shared.bias_stage(tiles.stage<C::kBiasStages>())),
-                      shared.bias_tables(), at, arguments.factors.bias, reinterpret_cast<Tile&>(s), [] {});
+                      BiasStage<typename C::Relative>(shared.bias().stage(tiles.stage<C::kBiasStages>())),
+                      shared.bias().tables(), at, arguments.factors.bias, reinterpret_cast<Tile&>(s), [] {});
     }
     if constexpr (kStarts) ptx::wgmma_settle(s);
   }
@@ -305,8 +305,8 @@ struct BwdQueriesComputer {
       if (!item.more) return;
       if constexpr (kRelative) {
         constexpr int kThreads = 128 * C::kGroups;
-        shared.bias_tables().turn(arguments.params.problem.relative, item.job.item.head, arguments.factors.bias,
-                                  threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+        shared.bias().tables().turn(arguments.params.problem.relative, item.job.item.head, arguments.factors.bias,
+                                    threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
       }
       Sums dq;
 #pragma unroll
@@ -325,16 +325,6 @@ struct BwdQueriesComputer {
 
 // ---- kernel and launch ----
 
-// By the preparing and the computing warps, while the first items are found.
-template <class C>
-__device__ __forceinline__ void make_bias_tables(const BwdQueriesArguments& arguments,
-                                                 const BwdQueriesStorage<C>& shared) {
-  constexpr int kThreads = C::kThreads - 64;
-  shared.bias_tables().clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads);
-  shared.bias_tables().make(arguments.params.problem.relative, arguments.factors.bias, threadIdx.x - 64, kThreads,
-                            [] { meet(2 + C::kGroups, kThreads); });
-}
-
 template <class C, class T>
 __global__ void __launch_bounds__(C::kThreads, 1)
     attention_bwd_queries_kernel(const __grid_constant__ BwdQueriesArguments arguments) {
@@ -348,7 +338,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   __syncthreads();
   if constexpr (C::kPreparers > 0)
-    if (threadIdx.x >= 64) make_bias_tables(arguments, shared);
+    if (threadIdx.x >= 64) make_bias_tables<C>(arguments.params.problem.relative, arguments.factors.bias, shared);
   if (threadIdx.x < 128) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
     const int warp = threadIdx.x / 32;
@@ -357,12 +347,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     } else if (warp == 1) {
       find_query_items(arguments, shared);
     } else if constexpr (C::kPreparers > 0) {
-      BiasPreparer<C, BwdQueriesStorage<C>> preparer(arguments.params.problem, arguments.factors.bias, shared);
-      if (warp == 2) {
-        preparer.take_notes();
-      } else {
-        preparer.fill_stages();
-      }
+      BiasPreparer<C, BwdQueriesStorage<C>>(arguments.params.problem, arguments.factors.bias, shared).run(warp);
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();

@@ -5,8 +5,9 @@
 //
 //   item_full    the finding warp              item_empty   each computing warpgroup, the loading and preparing warps
 //   query_full   the loading lane, the bytes   query_empty  each computing warpgroup, after its last use of Q and dO
-//   key_full     the loading lane, the bytes   key_empty    each computing warpgroup that uses the tile; value_*
-//   likewise notes_*, bias_*: see fwd_bias_prepare.h
+//   key_full     the loading lane, the bytes   key_empty    each computing warpgroup that uses the tile
+//
+// value_* as key_*; notes_* and bias_*: see fwd_bias_prepare.h.
 #pragma once
 
 #include <cuda.h>
@@ -51,7 +52,7 @@ template <class C>
 struct BwdQueriesStorage {
   BwdQueriesBarriers<C>& barrier;
   FwdItem<C> (&items)[kItems];
-  uint32_t queries, grads, keys, values, bias;
+  uint32_t queries, grads, keys, values;
 
   __device__ BwdQueriesStorage(BwdQueriesBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
       : barrier(barrier), items(items) {
@@ -59,17 +60,12 @@ struct BwdQueriesStorage {
     grads = queries + C::kQueryBytes;
     keys = grads + C::kQueryBytes;
     values = keys + C::kKeyStages * C::kKeyBytes;
-    bias = values + C::kValueStages * C::kKeyBytes;
   }
   __device__ uint32_t key(Count at) const { return keys + at.stage<C::kKeyStages>() * C::kKeyBytes; }
   __device__ uint32_t value(Count at) const { return values + at.stage<C::kValueStages>() * C::kKeyBytes; }
-  __device__ BiasTables<typename C::Relative> bias_tables() const { return {bias}; }
-  __device__ uint32_t bias_stage(int stage) const {
-    return bias + BiasTables<typename C::Relative>::kBytes + stage * C::kBiasStageBytes;
-  }
-  __device__ typename C::Notes notes() const { return {bias_stage(C::kBiasStages)}; }
+  __device__ BiasMemory<C> bias() const { return {values + C::kValueStages * C::kKeyBytes}; }
   // Of a warp, where scores wait.
-  __device__ uint32_t scratch(int warp) const { return notes().base + C::Notes::kBytes + warp * 2048; }
+  __device__ uint32_t scratch(int warp) const { return bias().end() + warp * 2048; }
 };
 
 // ---- the finding warp ----

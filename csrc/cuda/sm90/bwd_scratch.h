@@ -17,22 +17,20 @@ struct BwdScratch {
   void *key_tickets = nullptr, *query_tickets = nullptr, *bias_tickets = nullptr;  // see tickets.h
   float* sums = nullptr;  // [heads][padded dim / 64][total_q][64] of dQ, or none: see bwd_sums.h
   TableGrads tables;
-  size_t sum_bytes, bytes = 0;
+  size_t sum_bytes, bytes;
 
   // `memory` may be null when only the size matters.
   BwdScratch(const AttentionBwdParams& p, int padded_dim, void* memory) {
     const AttentionProblem& a = p.problem;
-    const auto take = [&](size_t size) {
-      void* at = memory ? static_cast<char*>(memory) + bytes : nullptr;
-      bytes += (size + 127) / 128 * 128;
-      return at;
-    };
-    for (void** tickets : {&key_tickets, &query_tickets, &bias_tickets}) *tickets = take(sizeof(TicketCounters));
+    Scratch scratch(memory);
+    for (void** tickets : {&key_tickets, &query_tickets, &bias_tickets})
+      *tickets = scratch.take(sizeof(TicketCounters));
     sum_bytes = bwd_sums_queries(padded_dim, p.deterministic)
                     ? static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)
                     : 0;
-    sums = static_cast<float*>(take(sum_bytes));
-    tables = TableGrads::plan(p, take);
+    sums = static_cast<float*>(scratch.take(sum_bytes));
+    tables = TableGrads::plan(p, scratch);
+    bytes = scratch.bytes();
   }
 };
 

@@ -127,15 +127,11 @@ struct BwdStorage {
     return {base + kScores + stage * C::kScoreBytes + panel * C::kKeys * 128};
   }
   __device__ uint32_t slopes(int stage) const { return base + kSlopes + stage * C::kSlopeBytes; }
-  __device__ BiasTables<typename C::Relative> bias_tables() const { return {base + kBias}; }
-  __device__ uint32_t bias_stage(int stage) const {
-    return base + kBias + BiasTables<typename C::Relative>::kBytes + stage * C::kBiasStageBytes;
-  }
-  __device__ typename C::Notes notes() const { return {bias_stage(C::kBiasStages)}; }
+  __device__ BiasMemory<C> bias() const { return {base + kBias}; }
   // Where a tile's scores wait: free when score.empty or slope.empty says so, or always.
   __device__ uint32_t scratch(Count tile) const {
     return C::kQuerySums   ? score_panel(tile.stage<C::kScoreStages>(), 0).base
-           : C::kSplitKeys ? notes().base + C::Notes::kBytes
+           : C::kSplitKeys ? bias().end()
                            : slopes(tile.stage<2>());
   }
   __device__ uint32_t sums(int stage) const { return base + kSums + stage * C::kSumBytes; }

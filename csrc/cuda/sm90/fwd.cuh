@@ -173,7 +173,7 @@ struct FwdComputer {
   // What was prepared of the bias.
   __device__ __forceinline__ TileBias<C> await_bias(const FwdItem<C>& item, int tile) const {
     if constexpr (C::kPreparers > 0) shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
-    return {shared.bias_stage(bias_ring.stage), shared.bias_tables(), bias_place(item, tile)};
+    return {shared.bias().stage(bias_ring.stage), shared.bias().tables(), bias_place(item, tile)};
   }
   // The values of a tile are used up, and its bias.
   __device__ __forceinline__ void release_values(int stage, int bias_stage) const {
@@ -288,8 +288,8 @@ struct FwdComputer {
   __device__ __forceinline__ void start_bias(const FwdItem<C>& item, int tile, Scores& bias) const {
     shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
     start_from_bias(
-        arguments.params.problem, item.job, BiasStage<typename C::Relative>(shared.bias_stage(bias_ring.stage)),
-        shared.bias_tables(), [&] { return bias_place(item, tile); }, Score<T>::kArgument,
+        arguments.params.problem, item.job, BiasStage<typename C::Relative>(shared.bias().stage(bias_ring.stage)),
+        shared.bias().tables(), [&] { return bias_place(item, tile); }, Score<T>::kArgument,
         reinterpret_cast<Tile&>(bias), [] {});
   }
 
@@ -337,8 +337,8 @@ struct FwdComputer {
       if (!item.more) return;
       if constexpr (C::kPreparers > 0) {
         constexpr int kThreads = 128 * C::kGroups;
-        shared.bias_tables().turn(arguments.params.problem.relative, item.job.item.head, Score<T>::kArgument,
-                                  threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+        shared.bias().tables().turn(arguments.params.problem.relative, item.job.item.head, Score<T>::kArgument,
+                                    threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
       }
       Output out[C::kHeads];
 #pragma unroll
@@ -357,16 +357,6 @@ struct FwdComputer {
 
 // ---- kernel and launch ----
 
-// By the preparing and the computing warps, while the first items are found: called before their roles part, for
-// compute-sanitizer takes copies of one barrier for different ones.
-template <class C, class T>
-__device__ __forceinline__ void make_bias_tables(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
-  constexpr int kThreads = C::kThreads - 64;
-  shared.bias_tables().clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads);
-  shared.bias_tables().make(arguments.params.problem.relative, Score<T>::kArgument, threadIdx.x - 64, kThreads,
-                            [] { meet(2 + C::kGroups, kThreads); });
-}
-
 template <class C, class T, bool kFolded>
 __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdArguments arguments) {
   extern __shared__ unsigned char memory[];
@@ -379,7 +369,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
   }
   __syncthreads();
   if constexpr (C::kPreparers > 0)
-    if (threadIdx.x >= 64) make_bias_tables(arguments, shared);
+    if (threadIdx.x >= 64) make_bias_tables<C>(arguments.params.problem.relative, Score<T>::kArgument, shared);
   if (threadIdx.x < 128) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
     const int warp = threadIdx.x / 32;
@@ -390,12 +380,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
     } else if constexpr (C::kSpans) {
       if (warp == 2) write_spans<C, T>(shared);
     } else if constexpr (C::kPreparers > 0) {
-      BiasPreparer<C, FwdStorage<C, T>> preparer(arguments.params.problem, Score<T>::kArgument, shared);
-      if (warp == 2) {
-        preparer.take_notes();
-      } else {
-        preparer.fill_stages();
-      }
+      BiasPreparer<C, FwdStorage<C, T>>(arguments.params.problem, Score<T>::kArgument, shared).run(warp);
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
@@ -455,8 +440,7 @@ bool may_share_bias(const AttentionProblem& a, int processors) {
   const RelativeBiasParams& r = a.relative;
   constexpr int64_t kLong = 4096;  // mean keys of a sequence
   const bool is_short = C::kDim == 64 && a.jagged.total_kv < kLong * a.jagged.batch;
-  return r.time_weight && (is_short || has_many_buckets<T>(r)) && r.time_head_stride == 0 &&
-         (!r.position_weight || r.position_head_stride == 0) && a.heads % C::kHeads == 0 &&
+  return r.time_weight && (is_short || has_many_buckets<T>(r)) && r.same_for_all_heads() && a.heads % C::kHeads == 0 &&
          most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads) >= 4 * processors;
 }
 

@@ -179,6 +179,19 @@ struct BiasTables {
   }
 };
 
+// Where a kernel of configuration C has its tables, stages and notes on their way: one behind the other from `base` on.
+template <class C>
+struct BiasMemory {
+  using Tables = BiasTables<typename C::Relative>;
+
+  uint32_t base;
+
+  __device__ Tables tables() const { return {base}; }
+  __device__ uint32_t stage(int index) const { return base + Tables::kBytes + index * C::kBiasStageBytes; }
+  __device__ typename C::Notes notes() const { return {stage(C::kBiasStages)}; }
+  __device__ uint32_t end() const { return notes().base + C::Notes::kBytes; }
+};
+
 // Shape and what a bias (one of tile/bias.h) adds to it where rows are queries: warps of the loading warpgroup that
 // prepare it, stages and room for them.
 template <class Shape, class Bias_, int kCells, int kNotedTiles, int kStages>

@@ -11,7 +11,7 @@ template <class C, class Storage>
 class BiasNoter {
  public:
   __device__ BiasNoter(const AttentionProblem& problem, float factor, const Storage& shared)
-      : problem_(problem), shared_(shared), times_(problem.relative, shared.bias_tables(), factor) {}
+      : problem_(problem), shared_(shared), times_(problem.relative, shared.bias().tables(), factor) {}
 
   // Of 16 queries each whose times do not rise, the ends are such that TimeEnds is not ordinary.
   __device__ __forceinline__ void read_queries(FwdItem<C>& item) const {
@@ -45,7 +45,7 @@ class BiasNoter {
       const TimeEnds at = {__shfl_sync(~0u, keys.left, i), __shfl_sync(~0u, keys.right, i), item.ends[warp].x,
                            item.ends[warp].y};
       const bool rise = __shfl_sync(~0u, keys.rise, i);
-      const WarpNote note = shared_.notes().at(buffer, i, warp);
+      const WarpNote note = shared_.bias().notes().at(buffer, i, warp);
       note.set(0, 0.f);
       if (timed) times_.note(times(item), rise && at.ordinary(), at.low(), at.high(), static_cast<int>(at.left), note);
       const Mask& mask = item.job.sequence.mask;

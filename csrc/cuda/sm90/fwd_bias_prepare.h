@@ -22,6 +22,20 @@ class BiasPreparer {
   __device__ BiasPreparer(const AttentionProblem& problem, float factor, const Storage& shared)
       : problem_(problem), shared_(shared), noter_(problem, factor, shared) {}
 
+  // Warp 2 of the loading warpgroup notes, warp 3 fills.
+  __device__ __forceinline__ void run(int warp) {
+    if (warp == 2) {
+      take_notes();
+    } else {
+      fill_stages();
+    }
+  }
+
+ private:
+  using Stage = BiasStage<typename C::Relative>;
+  static constexpr int kWarps = Stage::kWarps;
+  using Queue = typename C::Notes;
+
   __device__ __forceinline__ void take_notes() {
     each_item([this](FwdItem<C>& item) {
       if (problem_.relative.time_weight) noter_.read_queries(item);
@@ -51,7 +65,7 @@ class BiasPreparer {
       while (tile < item.tiles().end()) {
         if (noted == 0) shared_.barrier.notes.full[buffer_.stage].wait(buffer_.round);
         shared_.barrier.bias.empty[ring.stage].wait(ring.round ^ 1);
-        fill(Stage(shared_.bias_stage(ring.stage)), part, noted);
+        fill(Stage(shared_.bias().stage(ring.stage)), part, noted);
         __syncwarp();
         if (lane_id() == 0) shared_.barrier.bias.full[ring.stage].arrive();
         tile = item.tiles().next(tile);
@@ -62,11 +76,6 @@ class BiasPreparer {
       if (noted > 0) release_notes();
     });
   }
-
- private:
-  using Stage = BiasStage<typename C::Relative>;
-  static constexpr int kWarps = Stage::kWarps;
-  using Queue = typename C::Notes;
 
   template <class F>
   __device__ __forceinline__ void each_item(F&& f) const {
@@ -110,7 +119,7 @@ class BiasPreparer {
     static_assert(kChunks <= 32);
     if (lane_id() < kChunks)
       ptx::st_shared(stage.note(0).at + lane_id() * 16,
-                     ptx::ld_shared_u4(shared_.notes().at(buffer_.stage, noted, 0).at + lane_id() * 16));
+                     ptx::ld_shared_u4(shared_.bias().notes().at(buffer_.stage, noted, 0).at + lane_id() * 16));
   }
 
   const AttentionProblem& problem_;
@@ -118,5 +127,16 @@ class BiasPreparer {
   Ring<Queue::kBuffers> buffer_;
   BiasNoter<C, Storage> noter_;
 };
+
+// By the preparing and the computing warps, while the first items are found: called before their roles part, for
+// compute-sanitizer takes copies of one barrier for different ones.
+template <class C, class Storage>
+__device__ __forceinline__ void make_bias_tables(const RelativeBiasParams& relative, float factor,
+                                                 const Storage& shared) {
+  constexpr int kThreads = C::kThreads - 64;
+  const auto tables = shared.bias().tables();
+  tables.clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads);
+  tables.make(relative, factor, threadIdx.x - 64, kThreads, [] { meet(2 + C::kGroups, kThreads); });
+}
 
 }  // namespace hstu_ops::cuda::sm90

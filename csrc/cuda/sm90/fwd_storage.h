@@ -73,7 +73,7 @@ struct FwdStorage {
 
   FwdBarriers<C>& barrier;
   FwdItem<C> (&items)[kItems];
-  uint32_t queries, keys, values, staging, bias, spans;
+  uint32_t queries, keys, values, staging, spans;
 
   __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
       : barrier(barrier), items(items) {
@@ -81,14 +81,9 @@ struct FwdStorage {
     keys = queries + C::kHeads * C::kQueryBytes;
     values = keys + C::kStages * C::kKeyBytes;
     staging = values + C::kStages * C::kKeyBytes;
-    bias = staging + C::kRows * 128;
-    spans = bias + C::kBiasBytes;
+    spans = bias().base + C::kBiasBytes;
   }
-  __device__ BiasTables<typename C::Relative> bias_tables() const { return {bias}; }
-  __device__ uint32_t bias_stage(int stage) const {
-    return bias + BiasTables<typename C::Relative>::kBytes + stage * C::kBiasStageBytes;
-  }
-  __device__ typename C::Notes notes() const { return {bias_stage(C::kBiasStages)}; }
+  __device__ BiasMemory<C> bias() const { return {staging + C::kRows * 128}; }
   __device__ Panel query_panel(int head, int panel) const {
     return {queries + head * C::kQueryBytes + panel * C::kRows * 128};
   }

@@ -114,8 +114,7 @@ class StepFinder {
 // Heads whose dS are added up, at most `most`: those of a problem in equal parts, as long as they share the tables and
 // leave work for all processors.
 inline int summed_heads(const AttentionProblem& a, int most, int processors) {
-  const RelativeBiasParams& r = a.relative;
-  if ((r.position_weight && r.position_head_stride != 0) || (r.time_weight && r.time_head_stride != 0)) return 1;
+  if (!a.relative.same_for_all_heads()) return 1;
   int parts = ceil_div(a.heads, most);
   while (parts < a.heads && most_items(a.jagged.total_kv, a.jagged.batch, 2 * kTableTile, parts) < processors) ++parts;
   return ceil_div(a.heads, parts);

@@ -9,6 +9,7 @@
 #include "core/params.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/tile/layout.h"
+#include "cuda/tile/scratch.h"
 
 namespace hstu_ops::cuda {
 
@@ -125,9 +126,8 @@ struct BiasGradients {
 struct TableGrads {
   TableSums position, time;
 
-  // take(bytes): scratch memory, for exact sums.
-  template <class Take>
-  static TableGrads plan(const AttentionBwdParams& p, const Take& take) {
+  // scratch: for exact sums.
+  static TableGrads plan(const AttentionBwdParams& p, Scratch& scratch) {
     const RelativeBiasParams& r = p.problem.relative;
     const auto table = [&](void* grad, int entries, int64_t stride) {
       TableSums t;
@@ -138,7 +138,7 @@ struct TableGrads {
       // fp32 sums of thousands of fp32 values would be too coarse.
       if (p.deterministic || p.problem.dtype == DType::kFloat32)
         t.words = static_cast<unsigned long long*>(
-            take(static_cast<size_t>(t.entries) * TableSums::kWords * sizeof(unsigned long long)));
+            scratch.take(static_cast<size_t>(t.entries) * TableSums::kWords * sizeof(unsigned long long)));
       return t;
     };
     TableGrads tables;

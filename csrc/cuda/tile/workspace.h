@@ -20,19 +20,16 @@ struct BwdWorkspace {
   static BwdWorkspace plan(const AttentionBwdParams& p, int padded_dim, int block_rows, void* base) {
     BwdWorkspace w;
     const AttentionProblem& a = p.problem;
-    char* const start = static_cast<char*>(base);
-    const auto take = [&](size_t bytes) {
-      void* at = start ? start + w.bytes : nullptr;
-      w.bytes += (bytes + 255) / 256 * 256;
-      return at;
-    };
-    w.grad_q = static_cast<float*>(take(static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)));
+    Scratch scratch(base);
+    w.grad_q =
+        static_cast<float*>(scratch.take(static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)));
     if (p.deterministic) {
       const size_t blocks = static_cast<size_t>(a.jagged.total_q / block_rows + a.jagged.batch) * a.heads;
-      w.turns = static_cast<unsigned*>(take(blocks * sizeof(unsigned)));
-      w.ticket = static_cast<unsigned*>(take(sizeof(unsigned)));
+      w.turns = static_cast<unsigned*>(scratch.take(blocks * sizeof(unsigned)));
+      w.ticket = static_cast<unsigned*>(scratch.take(sizeof(unsigned)));
     }
-    w.tables = TableGrads::plan(p, take);
+    w.tables = TableGrads::plan(p, scratch);
+    w.bytes = scratch.bytes();
     return w;
   }
 };
