@@ -81,16 +81,19 @@ def make_call(provider: Provider, problem: Problem, direction: str, device: str,
         return torch.no_grad()(forward)
     out = forward()
     grad_out = torch.randn(out.shape, dtype=out.dtype, device=device)
-    if direction in ("bwd", "det"):
-        return lambda: _grad(out, leaves, grad_out, deterministic=direction == "det")
+    backward = functools.partial(torch.autograd.grad, out, leaves, grad_out, retain_graph=True)
+    if direction == "bwd":
+        return backward
+    if direction == "det":
+        return lambda: _deterministic(backward)
     return lambda: torch.autograd.grad(forward(), leaves, grad_out)
 
 
-def _grad(out: torch.Tensor, leaves: list[torch.Tensor], grad_out: torch.Tensor, deterministic: bool) -> object:
+def _deterministic(call: Callable[[], object]) -> object:
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic)
+    torch.use_deterministic_algorithms(True)
     try:
-        return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+        return call()
     finally:
         torch.use_deterministic_algorithms(before)
 

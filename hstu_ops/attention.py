@@ -174,9 +174,7 @@ def op_arguments(
 ) -> tuple:
     """The arguments of attention_fwd for those of hstu_attention. `check=False` leaves out what the kernels check."""
     if check:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(x, Tensor):
-                _fail(name, "a tensor", x, TypeError)
+        _expect_tensors(q=q, k=k, v=v)
     q, k, v = _library.autocast(q, k, v)
     if check:
         _check_tensors(q, k, v, seq_offsets, num_targets, contextual_seq_len, seq_offsets_q)

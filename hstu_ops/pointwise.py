@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _layer_ops, _library
-from .attention import _check_int, _fail, _is_number, op_arguments
+from .attention import _check_int, _expect_tensors, _fail, _is_number, op_arguments
 from .bias import RelativeBias, accumulation_dtype
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -161,8 +161,7 @@ def layer_core(
 
     Errors: TypeError or ValueError naming the argument.
     """
-    if not isinstance(uvqk, Tensor):
-        _fail("uvqk", "a tensor", uvqk, TypeError)
+    _expect_tensors(uvqk=uvqk)
     (uvqk,) = _library.autocast(uvqk)
     _check_rows("uvqk", uvqk)
     for name, value in (("num_heads", num_heads), ("dim_qk", dim_qk), ("dim_v", dim_v)):
@@ -191,8 +190,7 @@ def layer_core(
 
 
 def _check_rows(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        _fail(name, "a tensor", x, TypeError)
+    _expect_tensors(**{name: x})
     if x.dtype not in _FLOATS:
         _fail(name, "float64, float32, float16 or bfloat16", x, TypeError)
     if x.device.type not in _library.DEVICE_TYPES:

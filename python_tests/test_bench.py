@@ -157,12 +157,16 @@ def test_flops_and_bytes():
 def test_deterministic_backward():
     """The direction "det" is the backward pass in deterministic mode, which stays behind it as it was before."""
     seen, x = [], torch.ones(3, requires_grad=True)
-    out = x * 2
-    out.register_hook(lambda grad: seen.append(torch.are_deterministic_algorithms_enabled()))
-    for wanted in (True, False):
-        measure._grad(out, [x], torch.ones(3), deterministic=wanted)
+
+    def forward():
+        out = x * 2
+        out.register_hook(lambda grad: seen.append(torch.are_deterministic_algorithms_enabled()))
+        return out
+
+    provider, case = types.SimpleNamespace(bind=lambda inputs, case: (forward, [x])), problems.dense(100, 3, 64)
+    for direction, wanted in (("det", True), ("bwd", False)):
+        measure.make_call(provider, problems.Problem(case, torch.float32), direction, "cpu", 0)()
         assert seen.pop() is wanted and not torch.are_deterministic_algorithms_enabled()
-    case = problems.dense(100, 3, 64)
     assert problems.flops(case, "det") == problems.flops(case, "bwd")
 
 
