@@ -42,6 +42,13 @@ class Descriptor {
   __device__ explicit Descriptor(uint32_t shared, uint32_t panel_bytes = 16)
       : low_(__shfl_sync(~0u, (shared & 0x3ffff) >> 4 | panel_bytes >> 4 << 16, 0)) {}
 
+  // Of another operand, `bytes` further on.
+  __device__ __forceinline__ Descriptor moved(int bytes, int panel_bytes = 16) const {
+    Descriptor d = *this;
+    d.low_ += (bytes >> 4) + (((panel_bytes >> 4) - 1) << 16);
+    return d;
+  }
+
   __device__ __forceinline__ uint64_t at(int bytes) const {
     constexpr uint32_t kSwizzle128 = 1u << 30, kGroup = 1024 >> 4;
     return static_cast<uint64_t>(kSwizzle128 | kGroup) << 32 | (low_ + (bytes >> 4));

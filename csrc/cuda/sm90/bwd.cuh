@@ -59,8 +59,10 @@ struct BwdComputer : BwdGroup<C, T> {
   __device__ __forceinline__ void multiply_keys(QuerySums& dq, Count count, bool there = true) const {
     const Count before = count.before();
     if (there) barrier().score.full[before.stage<C::kScoreStages>()].wait(before.round<C::kScoreStages>());
-    const ptx::Descriptor a(shared.score_panel(before.stage<C::kScoreStages>(), C::kSplitQueries ? group : 0).base),
-        b(shared.key_panel(items.stage<C::kKeyStages>(), C::kPanels == 1 ? 0 : group).base);
+    const ptx::Descriptor a = shared.descriptor(
+                              shared.score_panel(before.stage<C::kScoreStages>(), C::kSplitQueries ? group : 0).base),
+                          b = shared.descriptor(
+                              shared.key_panel(items.stage<C::kKeyStages>(), C::kPanels == 1 ? 0 : group).base);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::kKeys / 16; ++step)
@@ -68,7 +70,7 @@ struct BwdComputer : BwdGroup<C, T> {
     ptx::wgmma_commit();
   }
 
-  // dQ of that tile, complete, on its way out; its dS is used up.
+  // dQ of that tile, complete, to shared memory; its dS is used up.
   __device__ __forceinline__ void put_query_sums(const Job& job, const QuerySums& dq, Count count) const {
     const int first = shared.state.tiles[count.before().stage<kBwdTiles>()].tile() * C::kQueries +
                       (C::kSplitQueries ? group * 64 : 0);
@@ -84,9 +86,30 @@ struct BwdComputer : BwdGroup<C, T> {
           arguments.sums + sum_row(a.jagged.total_q, C::kPanels, job.item.head, C::kPanels == 1 ? 0 : group, row),
           rows * kPanel * 4};
     }
-    ptx::fence_proxy_async();
-    arrive_warp(gate.full[0]);
     release(barrier().score.empty[count.before().stage<C::kScoreStages>()]);
+  }
+
+  // What this warpgroup wrote to shared memory in the tile before, the last of `done` of the item so far, is given to
+  // those who wait for it: its dS', and dQ of the one before that. Not as soon as it is written, for the fence waits
+  // until it is, 200 to 500 clocks: behind the next tile's first products, whose end is waited for anyway.
+  __device__ __forceinline__ void hand_over(int done) const {
+    if constexpr (C::kQuerySums) {
+      if (done == 0) return;
+      ptx::fence_proxy_async();
+      arrive_warp(barrier().score.full[tiles.before().stage<C::kScoreStages>()]);
+      if (done > 1 && has_turn(tiles.before())) arrive_sums(tiles.before());
+    }
+  }
+  // dQ of the tile before `count`, the item's last.
+  __device__ __forceinline__ void hand_over_sums(Count count) const {
+    if constexpr (C::kQuerySums) {
+      if (!has_turn(count)) return;
+      ptx::fence_proxy_async();
+      arrive_sums(count);
+    }
+  }
+  __device__ __forceinline__ void arrive_sums(Count count) const {
+    arrive_warp(barrier().sum[sum_stage(count.before())].full[0]);
   }
 
   // dQ of the tile before `count`.
@@ -109,8 +132,6 @@ struct BwdComputer : BwdGroup<C, T> {
     for (int step = 0; step < C::kQueries / 16; ++step)
       ptx::stmatrix_x4(shared.score_panel(tiles.stage<C::kScoreStages>(), step / 4).at(row, step % 4 * 2 + chunk),
                        ds[step]);
-    ptx::fence_proxy_async();
-    arrive_warp(barrier().score.full[tiles.stage<C::kScoreStages>()]);
   }
 
   __device__ __forceinline__ void begin_grads(Scores& d) const {
@@ -120,7 +141,7 @@ struct BwdComputer : BwdGroup<C, T> {
 
   // A tile of which this warpgroup keeps something. dQ of the tile before it, if there is one, is found beside this
   // one's sums or, by turns, behind them, as three warpgroups have no registers for both.
-  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, Sums& dk, Sums& dv, bool first) {
+  __device__ __forceinline__ void compute_tile(const Job& job, BwdTile tile, Sums& dk, Sums& dv, int done) {
     constexpr bool kBeside = C::kQuerySums && !C::kTurns;
     Operand p, ds;
     QuerySums dq;
@@ -139,23 +160,24 @@ struct BwdComputer : BwdGroup<C, T> {
       multiply_scores<kStarts>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
                                shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
       if (!kGradsFirst) begin_grads(d);
+      hand_over(done);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(s);
       ptx::wgmma_settle(d);
       score(job, tile, bits, s, d, p, ds);
     }
-    if (kBeside) multiply_keys(dq, tiles, !first);
+    if (kBeside) multiply_keys(dq, tiles, done > 0);
     ptx::wgmma_settle(p), ptx::wgmma_settle(dv), ptx::wgmma_settle(ds), ptx::wgmma_settle(dk);
     ptx::wgmma_fence();
     accumulate(dv, p, shared.grad_panel(tiles.stage<C::kGradStages>(), 0).base);
     accumulate(dk, ds, shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
     ptx::wgmma_commit();
     if (C::kQuerySums) put_scores(ds);
-    if (C::kTurns && !first) finish_query_sums(job, tiles);
+    if (C::kTurns && done > 0) finish_query_sums(job, tiles);
     if (kBeside) {
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(dq);
-      if (!first) put_query_sums(job, dq, tiles);
+      if (done > 0) put_query_sums(job, dq, tiles);
     }
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(dv);
@@ -170,7 +192,8 @@ struct BwdComputer : BwdGroup<C, T> {
   }
 
   // Nothing kept: its rows of dS are zeros.
-  __device__ __forceinline__ void skip_tile() {
+  __device__ __forceinline__ void skip_tile(int done) {
+    hand_over(done);
     await_bias(tiles);
     if (C::kQuerySums) {
       Operand zero;
@@ -186,22 +209,23 @@ struct BwdComputer : BwdGroup<C, T> {
   // One copy of a tile's code serves the first tile, too: two do not fit the instruction cache, by turns registers
   // would not do.
   __device__ __forceinline__ void compute(const Job& job, Sums& dk, Sums& dv) {
-    bool first = true;
+    int done = 0;
 #pragma unroll 1
-    for (;;) {
+    for (;; ++done) {
       const BwdTile tile = await_tile(job, tiles);
       if (tile.kept(group)) {
-        compute_tile(job, tile, dk, dv, first);
+        compute_tile(job, tile, dk, dv, done);
       } else {
-        skip_tile();
-        if (!first) finish_query_sums(job, tiles);
+        skip_tile(done);
+        if (done > 0) finish_query_sums(job, tiles);
       }
-      first = false;
       release_tile();
       if (tile.last()) break;
     }
     release(barrier().value.empty[items.stage<C::kValueStages>()]);
+    hand_over(done + 1);
     finish_query_sums(job, tiles);
+    hand_over_sums(tiles);
   }
 
   __device__ __forceinline__ void run_inline() {

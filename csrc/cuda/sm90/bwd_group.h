@@ -58,7 +58,8 @@ struct BwdGroup {
   // S' = K Q' or dP' = V dO', begun: `left` and `right` are first panels. kAdd: s has something to start from.
   template <bool kAdd = false>
   __device__ __forceinline__ void multiply_scores(Scores& s, uint32_t left, uint32_t right) const {
-    const ptx::Descriptor a(left + (C::kSplitKeys ? group * 64 * 128 : 0)), b(right);
+    const ptx::Descriptor a = shared.descriptor(left + (C::kSplitKeys ? group * 64 * 128 : 0)),
+                          b = shared.descriptor(right);
 #pragma unroll
     for (int step = 0; step < C::kDim / 16; ++step) {
       const int panel = step / 4, inside = step % 4 * 32;
@@ -70,7 +71,7 @@ struct BwdGroup {
 
   // dV += P' dO or dK += dS' Q, begun.
   __device__ __forceinline__ void accumulate(Sums& sums, const Operand& scores, uint32_t right) const {
-    const ptx::Descriptor b(right, C::kQueries * 128);
+    const ptx::Descriptor b = shared.descriptor(right, C::kQueries * 128);
 #pragma unroll
     for (int step = 0; step < C::kQueries / 16; ++step)
       ptx::Wgmma<C::kDim, T>::multiply_fragment(sums, scores[step], b.at(step * 2048));

@@ -90,14 +90,14 @@ struct FwdComputer {
 
   // S = Q K^T, begun; head: of the item's.
   __device__ __forceinline__ void multiply_keys(const Queries& q, Scores& s, int head = 0) const {
-    const ptx::Descriptor k(shared.key_panel(ring.stage, 0).base);
+    const ptx::Descriptor k = shared.descriptor(shared.key_panel(ring.stage, 0).base);
     ptx::wgmma_fence();
     if constexpr (C::kQueryRegisters) {
 #pragma unroll
       for (int i = 0; i < C::kDim / 16; ++i)
         ptx::Wgmma<C::kCols, T>::multiply_fragment_rows(s, q[i], k.at(i / 4 * C::kCols * 128 + i % 4 * 32), i > 0);
     } else {
-      const ptx::Descriptor rows(shared.query_panel(head, 0).base + group * 64 * 128);
+      const ptx::Descriptor rows = shared.descriptor(shared.query_panel(head, 0).base + group * 64 * 128);
 #pragma unroll
       for (int i = 0; i < C::kDim / 16; ++i)
         ptx::Wgmma<C::kCols, T>::multiply_rows(s, rows.at(i / 4 * C::kRows * 128 + i % 4 * 32),
@@ -107,11 +107,11 @@ struct FwdComputer {
   }
 
   // Waits for the values of a tile and begins O += P V.
-  __device__ __forceinline__ void multiply_values(Output& out, const Weights& p, int rows,
-                                                  const Ring<C::kStages>& at) const {
-    shared.barrier.value.full[at.stage].wait(at.round);
+  __device__ __forceinline__ void multiply_values(Output& out, const Weights& p, int rows, const Ring<C::kStages>& at,
+                                                  bool ready = false) const {
+    shared.barrier.value.full[at.stage].wait(at.round, ready);
     if (rows < C::kCols) clear_values(rows, at.stage);
-    const ptx::Descriptor v(shared.value_panel(at.stage, 0).base, C::kCols * 128);
+    const ptx::Descriptor v = shared.descriptor(shared.value_panel(at.stage, 0).base, C::kCols * 128);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C::kCols / 16; ++i) ptx::Wgmma<C::kDim, T>::multiply_fragment(out, p[i], v.at(i * 2048));
@@ -148,20 +148,27 @@ struct FwdComputer {
             item.times + warp_row(), shared.staging + warp_row() * 128};
   }
 
-  __device__ __forceinline__ void activate(Scores& s, const FwdItem<C>& item, int at, TileBias<C>& bias,
-                                           bool covered) const {
+  // The argument of SiLU.
+  __device__ __forceinline__ void prepare(Scores& s, const FwdItem<C>& item, int at, const TileBias<C>& bias) const {
     Tile& tile = reinterpret_cast<Tile&>(s);
-    if constexpr (kBias) {
-      bias.add(
-          arguments.params.problem, item.job, [&] { return bias_place(item, at); }, arguments.alpha,
-          Score<T>::kArgument, tile);
+    const auto place = [&] { return bias_place(item, at); };
+    if constexpr (C::kPreparers > 0) {
+      bias.add(arguments.params.problem, item.job, bias_stage(bias_ring), shared.bias().tables(), place,
+               arguments.alpha, Score<T>::kArgument, tile);
+    } else if constexpr (kBias) {
+      bias.add(arguments.params.problem, item.job, place, arguments.alpha, Score<T>::kArgument, tile);
     } else if constexpr (!kFolded) {
       tile.each([this](float& x, int, int) { x *= arguments.alpha; });
     }
-    Score<T>::activate(tile);
-    if (!covered) mask_rows(keep_bits(item, at), tile);
   }
 
+  // Of half of the columns. Between the halves comes what parts the compiler's runs of instructions, the mask and the
+  // wait for the product before; then rounding fills the gaps that tanh leaves in the second half.
+  template <int kHalf>
+  __device__ __forceinline__ void activate(Scores& s) const {
+    using Half = Accumulator<1, C::kCols / 16>;
+    Score<T>::activate(reinterpret_cast<Half(&)[2]>(s)[kHalf]);
+  }
   __device__ __forceinline__ void round(const Scores& s, Weights& p) const {
 #pragma unroll
     for (int i = 0; i < C::kCols / 16; ++i)
@@ -169,11 +176,29 @@ struct FwdComputer {
       for (int e = 0; e < 4; ++e) p[i][e] = pack(s[i * 8 + e * 2], s[i * 8 + e * 2 + 1], T{});
   }
 
-  __device__ __forceinline__ void await_keys() const { shared.barrier.key.full[ring.stage].wait(ring.round); }
-  // What was prepared of the bias.
-  __device__ __forceinline__ TileBias<C> await_bias(const FwdItem<C>& item, int tile) const {
-    if constexpr (C::kPreparers > 0) shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
-    return {shared.bias().stage(bias_ring.stage), shared.bias().tables(), bias_place(item, tile)};
+  __device__ __forceinline__ void await_keys(bool ready = false) const {
+    shared.barrier.key.full[ring.stage].wait(ring.round, ready);
+  }
+
+  using BiasRing = Ring<C::kBiasStages>;
+  __device__ __forceinline__ BiasStage<typename C::Relative> bias_stage(const BiasRing& at) const {
+    return BiasStage<typename C::Relative>(shared.bias().stage(at.stage));
+  }
+  // What was prepared of a tile's bias, if it is there; what is fetched otherwise nobody uses.
+  __device__ __forceinline__ bool fetch_bias(TileBias<C>& bias, const BiasRing& at) const {
+    if constexpr (C::kPreparers > 0) {
+      const bool ready = shared.barrier.bias.full[at.stage].ready(at.round);
+      bias.fetch(bias_stage(at), shared.bias().tables(), warp_row() / 16);
+      return ready;
+    }
+    return true;
+  }
+  __device__ __forceinline__ void await_bias(TileBias<C>& bias, bool ready) const {
+    if constexpr (C::kPreparers > 0) {
+      if (ready) return;
+      shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
+      bias.fetch(bias_stage(bias_ring), shared.bias().tables(), warp_row() / 16);
+    }
   }
   // The values of a tile are used up, and its bias.
   __device__ __forceinline__ void release_values(int stage, int bias_stage) const {
@@ -217,29 +242,37 @@ struct FwdComputer {
     Weights p;
     Ring<C::kStages> current = ring;
     const int first = tile;
+    bool keys_ready = false, values_ready = false, bias_ready = false;
+    TileBias<C> bias;
 #pragma unroll 1
     for (; tile < end; ++tile) {
       const bool covered = tiles.covers(tile);
-      await_keys();
-      TileBias<C> bias = await_bias(item, tile);
+      await_keys(keys_ready);
+      await_bias(bias, bias_ready);
       multiply_keys(q, s);
       if (tile > first) {
-        multiply_values(out, p, C::kCols, current);
+        multiply_values(out, p, C::kCols, current, values_ready);
       } else {
         ptx::wgmma_commit();  // of nothing
       }
-      bias.load(Score<T>::kArgument);
       ptx::wgmma_wait<1>();
       release_keys(tiles, tile);
-      activate(s, item, tile, bias, covered);
+      // What the next tile begins with, while tanh is computed.
+      values_ready = shared.barrier.value.full[ring.stage].ready(ring.round);
+      keys_ready = shared.barrier.key.full[ring.following().stage].ready(ring.following().round);
+      prepare(s, item, tile, bias);
+      activate<0>(s);
+      if (!covered) mask_rows(keep_bits(item, tile), reinterpret_cast<Tile&>(s));
       ptx::wgmma_wait<0>();
       if (tile > first) release_values(current.stage, bias_ring.before());
+      bias_ready = fetch_bias(bias, bias_ring.following());
+      activate<1>(s);
       round(s, p);
       current = ring;
       advance();
     }
     // The last tile alone may end past the sequence.
-    multiply_values(out, p, item.job.sequence.mask.len - (end - 1) * C::kCols, current);
+    multiply_values(out, p, item.job.sequence.mask.len - (end - 1) * C::kCols, current, values_ready);
     ptx::wgmma_wait<0>();
     release_values(current.stage, bias_ring.before());
   }
@@ -251,37 +284,44 @@ struct FwdComputer {
     constexpr int kLast = C::kHeads - 1;
     Scores s, bias;
     Weights p;
-    const int first = tile;
+    // Read once: they are in shared memory.
+    const int first = tile, len = ptx::uniform(item.job.sequence.mask.len), prefix = ptx::uniform(tiles.prefix);
+    const Interval whole{ptx::uniform(tiles.covered.lo), ptx::uniform(tiles.covered.hi)};
+    const bool is_last = end == tiles.kept.end();
 #pragma unroll 1
     for (; tile < end; ++tile) {
       if (tile > first) multiply_values(out[kLast], p, C::kCols, ring.last());
       start_bias(item, tile, bias);
-      const bool covered = tiles.covers(tile);
+      const bool covered = tile < prefix || whole.has(tile);
       const uint64_t keep = covered ? 0 : keep_bits(item, tile);
+      if (!covered) mask_rows(keep, reinterpret_cast<Tile&>(bias));
 #pragma unroll
       for (int head = 0; head <= kLast; ++head) {
         await_keys();
         multiply_keys(q, s, head);
         if (head > 0) {
-          multiply_values(out[head - 1], p, item.job.sequence.mask.len - tile * C::kCols, ring.last());
+          multiply_values(out[head - 1], p, len - tile * C::kCols, ring.last());
           ptx::wgmma_wait<1>();
         } else {
           ptx::wgmma_wait<0>();
         }
         release(shared.barrier.key.empty[ring.stage]);
         if (head == 0) release_bias();  // all warps are done with it: they have begun this product
-        if (head == kLast && tile == tiles.kept.end() - 1) release(shared.barrier.query.empty[0]);
+        if (head == kLast && is_last && tile == end - 1) release(shared.barrier.query.empty[0]);
 #pragma unroll
-        for (int i = 0; i < C::kCols / 2; ++i) s[i] = fmaf(s[i], arguments.alpha, bias[i]);
-        Score<T>::activate(reinterpret_cast<Tile&>(s));
+        for (int i = 0; i < C::kCols / 4; ++i) s[i] = fmaf(s[i], arguments.alpha, bias[i]);
+        activate<0>(s);
         if (!covered) mask_rows(keep, reinterpret_cast<Tile&>(s));
         if (head > 0) ptx::wgmma_wait<0>();
         if (head > 0 || tile > first) release(shared.barrier.value.empty[ring.before()]);
+#pragma unroll
+        for (int i = C::kCols / 4; i < C::kCols / 2; ++i) s[i] = fmaf(s[i], arguments.alpha, bias[i]);
+        activate<1>(s);
         round(s, p);
         ring.next();
       }
     }
-    multiply_values(out[kLast], p, item.job.sequence.mask.len - (end - 1) * C::kCols, ring.last());
+    multiply_values(out[kLast], p, len - (end - 1) * C::kCols, ring.last());
     ptx::wgmma_wait<0>();
     release(shared.barrier.value.empty[ring.before()]);
   }

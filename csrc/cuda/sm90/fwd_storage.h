@@ -4,7 +4,9 @@
 #include <type_traits>
 
 #include "core/launch.h"
+#include "cuda/ptx/memory.h"
 #include "cuda/ptx/tma.h"
+#include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias.h"
 #include "cuda/sm90/fwd_items.h"
@@ -74,14 +76,20 @@ struct FwdStorage {
   FwdBarriers<C>& barrier;
   FwdItem<C> (&items)[kItems];
   uint32_t queries, keys, values, staging, spans;
+  ptx::Descriptor origin;  // of the queries: made once, by a dozen instructions that wait for each other
 
   __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
-      : barrier(barrier), items(items) {
-    queries = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
+      : barrier(barrier),
+        items(items),
+        queries((static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u),
+        origin(ptx::uniform(queries)) {
     keys = queries + C::kHeads * C::kQueryBytes;
     values = keys + C::kStages * C::kKeyBytes;
     staging = values + C::kStages * C::kKeyBytes;
     spans = bias().base + C::kBiasBytes;
+  }
+  __device__ ptx::Descriptor descriptor(uint32_t panel, int panel_bytes = 16) const {
+    return origin.moved(panel - queries, panel_bytes);
   }
   __device__ BiasMemory<C> bias() const { return {staging + C::kRows * 128}; }
   __device__ Panel query_panel(int head, int panel) const {

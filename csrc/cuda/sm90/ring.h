@@ -12,6 +12,11 @@ struct Ring {
   __device__ void next() {
     if (++stage == kStages) stage = 0, round ^= 1;
   }
+  __device__ Ring following() const {
+    Ring r = *this;
+    r.next();
+    return r;
+  }
   __device__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
   __device__ Ring last() const { return {before(), stage == 0 ? round ^ 1 : round}; }
   // Of the number of steps so far.
