@@ -1,6 +1,6 @@
 # CUDA kernels, one object library per family:
 #   csrc/cuda/sm90/**/*.cu        Hopper only (90a)
-#   csrc/cuda/**/*.cu otherwise   every plain architecture of HSTU_ARCHS, and PTX of the highest for newer GPUs
+#   csrc/cuda/**/*.cu otherwise   every plain architecture of HSTU_ARCHS, and PTX for newer GPUs
 # Defines HSTU_WITH_SM80 and HSTU_WITH_SM90 for the dispatch code where that family is in the build.
 set(plain_archs ${HSTU_ARCHS})
 list(FILTER plain_archs INCLUDE REGEX "^[0-9]+$")
@@ -10,7 +10,7 @@ endif()
 list(REMOVE_DUPLICATES plain_archs)
 list(SORT plain_archs COMPARE NATURAL)
 list(GET plain_archs -1 highest)
-set(CMAKE_CUDA_ARCHITECTURES ${highest}-real) # overridden below; an old CMake's own default may be unknown to the toolkit
+set(CMAKE_CUDA_ARCHITECTURES ${highest}-real) # not used below; an old CMake's own default may be unknown to the toolkit
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
@@ -48,13 +48,20 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
   target_compile_options(hstu_cuda_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 endif()
 
-function(hstu_cuda_objects name archs)
+# code: for which architectures, one item a run of the compiler proper: "<PTX's> <of the machine code and PTX kept>..."
+function(hstu_cuda_objects name code)
   if(NOT ARGN)
     return()
   endif()
   add_library(${name} OBJECT ${ARGN})
   target_link_libraries(${name} PRIVATE hstu_cuda_flags)
-  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${archs}")
+  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES OFF)
+  foreach(run IN LISTS code)
+    string(REGEX MATCH "^([^ ]+) (.+)$" run "${run}")
+    string(REPLACE " " "," kept "${CMAKE_MATCH_2}")
+    target_compile_options(
+      ${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_${CMAKE_MATCH_1},code=[${kept}]>)
+  endforeach()
   if(HSTU_PTXAS_CHECK)
     set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER "sh;${CMAKE_SOURCE_DIR}/cmake/checked_nvcc.sh")
   endif()
@@ -63,14 +70,23 @@ endfunction()
 
 if("90a" IN_LIST HSTU_ARCHS AND sm90_sources)
   target_compile_definitions(hstu_cuda_flags INTERFACE HSTU_WITH_SM90)
-  hstu_cuda_objects(hstu_cuda_sm90 "90a-real" ${sm90_sources})
+  hstu_cuda_objects(hstu_cuda_sm90 "90a sm_90a" ${sm90_sources})
 endif()
 if(plain_sources MATCHES "/csrc/cuda/sm80/")
   target_compile_definitions(hstu_cuda_flags INTERFACE HSTU_WITH_SM80)
 endif()
-set(real_archs ${plain_archs})
-list(TRANSFORM real_archs APPEND "-real")
-hstu_cuda_objects(hstu_cuda_plain "${real_archs};${highest}-virtual" ${plain_sources} ${cuda_host_sources})
+# The sources are the same for all below 9.0: one PTX does, a fifth of the whole build less.
+set(plain_code)
+foreach(arch IN LISTS plain_archs)
+  if(arch LESS 90 AND plain_code)
+    string(APPEND plain_code " sm_${arch}")
+  else()
+    list(APPEND plain_code "${arch} sm_${arch}")
+  endif()
+endforeach()
+string(REGEX MATCH "([^; ]+) [^;]+$" last_run "${plain_code}")
+string(APPEND plain_code " compute_${CMAKE_MATCH_1}")
+hstu_cuda_objects(hstu_cuda_plain "${plain_code}" ${plain_sources} ${cuda_host_sources})
 
 set(cuda_version ${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR})
 message(STATUS "hstu_ops: CUDA ${cuda_version} for ${cuda_archs}")
