@@ -36,10 +36,10 @@ namespace hstu_ops::cuda::sm90 {
 template <class C, class T>
 struct BwdComputer : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
-  using Base::accumulate, Base::activate, Base::arguments, Base::arrive_warp, Base::await_bias, Base::await_keys,
-      Base::await_scores, Base::await_tile, Base::barrier, Base::factor, Base::group, Base::keep_bits, Base::kStarts,
-      Base::multiply_scores, Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores,
-      Base::store, Base::sync, Base::thread, Base::turn_tables, Base::warp_key;
+  using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_bias, Base::await_keys, Base::await_scores,
+      Base::await_tile, Base::barrier, Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores,
+      Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores, Base::store, Base::sync,
+      Base::thread, Base::turn_tables, Base::warp_key;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -160,21 +160,11 @@ struct BwdComputer : BwdGroup<C, T> {
       multiply_scores<kStarts>(s, shared.key_panel(items.stage<C::kKeyStages>(), 0).base,
                                shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
       if (!kGradsFirst) begin_grads(d);
-      // Half of S' is gone through beside dP', which hand_over() keeps apart from the rest: ptxas would wait for dP'
-      // first.
-      constexpr int kEarly = C::kQuerySums && !kGradsFirst ? C::kQueries / 4 : 0;
-      Scores slopes;
-      if (kEarly > 0) {
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_settle(s);
-        activate<0, kEarly>(s, slopes);
-      }
       hand_over(done);
       ptx::wgmma_wait<0>();
-      if (kEarly == 0) ptx::wgmma_settle(s);
+      ptx::wgmma_settle(s);
       ptx::wgmma_settle(d);
-      activate<kEarly, C::kQueries / 2>(s, slopes);
-      score(job, tile, bits, s, slopes, d, p, ds);
+      score(job, tile, bits, s, d, p, ds);
     }
     if (kBeside) multiply_keys(dq, tiles, done > 0);
     ptx::wgmma_settle(p), ptx::wgmma_settle(dv), ptx::wgmma_settle(ds), ptx::wgmma_settle(dk);

@@ -185,24 +185,15 @@ struct BwdGroup {
       }
   }
 
-  // P' in the place of S' and slopes less 1, of values kFirst to kEnd of a lane's.
-  template <int kFirst, int kEnd>
-  __device__ __forceinline__ void activate(Scores& s, Scores& slopes) const {
-#pragma unroll
-    for (int i = kFirst; i < kEnd; ++i) {
-      const float2 x = Score<T>::value_and_slope(s[i] * arguments.factors.score);
-      s[i] = x.x, slopes[i] = x.y;
-    }
-  }
-  // P' and dS' of the tile, out of P', slopes and dP', as operands.
-  __device__ __forceinline__ void score(const Job& job, BwdTile tile, const Bits& bits, Scores& s, const Scores& slopes,
-                                        Scores& d, Operand& p, Operand& ds) const {
+  // P' and dS' of the tile, out of S' and dP', as operands.
+  __device__ __forceinline__ void score(const Job& job, BwdTile tile, const Bits& bits, Scores& s, Scores& d,
+                                        Operand& p, Operand& ds) const {
     const bool per_row = arguments.params.problem.scale.per_row;
-#pragma unroll
-    for (int i = 0; i < C::kQueries / 2; ++i) d[i] = fmaf(d[i], slopes[i], d[i]);
 #pragma unroll
     for (int i = 0; i < C::kQueries / 64; ++i) {
       Part &u = reinterpret_cast<Part&>(s[i * 32]), &g = reinterpret_cast<Part&>(d[i * 32]);
+      u.each([this](float& x, int, int) { x *= arguments.factors.score; });
+      Score<T>::differentiate(u, g);
       if (per_row) apply_row_scale(job, tile.tile() * C::kQueries + i * 64, u, g);
       round(u, p, i * 4);
       round(g, ds, i * 4);

@@ -15,10 +15,10 @@ namespace hstu_ops::cuda::sm90 {
 template <class C, class T, bool kHasValues>
 struct BwdHalf : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
-  using Base::accumulate, Base::activate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile,
-      Base::barrier, Base::await_slopes, Base::factor, Base::group, Base::keep_bits, Base::kStarts,
-      Base::multiply_scores, Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores,
-      Base::store, Base::sync, Base::thread, Base::turn_tables;
+  using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
+      Base::await_slopes, Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores,
+      Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores, Base::store, Base::sync,
+      Base::thread, Base::turn_tables;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -69,13 +69,12 @@ struct BwdHalf : BwdGroup<C, T> {
   __device__ __forceinline__ void continue_tile(const Job& job, BwdTile tile, Bits& bits, Scores& s, Sums& sums) {
     Operand x;
     if (kHasValues) {
-      Scores d, slopes;
-      Operand rounded;
+      Scores d;
+      Operand slopes;
 #pragma unroll
       for (int i = 0; i < C::kQueries / 2; ++i) d[i] = 1.f;
-      activate<0, C::kQueries / 2>(s, slopes);
-      score(job, tile, bits, s, slopes, d, x, rounded);
-      put_slopes(rounded);
+      score(job, tile, bits, s, d, x, slopes);
+      put_slopes(slopes);
     } else {
       apply_slopes(s, x);
     }

@@ -30,21 +30,16 @@ struct Score {
         for (int e = 0; e < 4; ++e) {
           const float u = s.x[m][n][e];
           if constexpr (kIs16Bit<T>) {
-            const float2 x = value_and_slope(u);
-            s.x[m][n][e] = x.x;
-            d.x[m][n][e] = fmaf(d.x[m][n][e], x.y, d.x[m][n][e]);
+            const float t = ptx::tanh_approx(u), p = fmaf(u, t, u);
+            const float g = fmaf(-p, t, p) + t;  // 2 silu' - 1
+            s.x[m][n][e] = p;
+            d.x[m][n][e] = fmaf(d.x[m][n][e], g, d.x[m][n][e]);
           } else {
             const float sigmoid = sigmoid_of(u);
             s.x[m][n][e] = silu(u, sigmoid);
             d.x[m][n][e] *= silu_grad(u, sigmoid);
           }
         }
-  }
-  // p and slope - 1, which is 2 silu' - 1.
-  __device__ static __forceinline__ float2 value_and_slope(float u) {
-    static_assert(kIs16Bit<T>);
-    const float t = ptx::tanh_approx(u), p = fmaf(u, t, u);
-    return {p, fmaf(-p, t, p) + t};
   }
   // s: u in, slope - 1 out.
   template <int kM, int kN>
