@@ -149,21 +149,19 @@ struct FwdComputer {
   }
 
   // The argument of SiLU.
-  __device__ __forceinline__ void prepare(Scores& s, const FwdItem<C>& item, int at, const TileBias<C>& bias) const {
+  __device__ __forceinline__ void prepare(Scores& s, const FwdItem<C>& item, int at, TileBias<C>& bias) const {
     Tile& tile = reinterpret_cast<Tile&>(s);
-    const auto place = [&] { return bias_place(item, at); };
-    if constexpr (C::kPreparers > 0) {
-      bias.add(arguments.params.problem, item.job, bias_stage(bias_ring), shared.bias().tables(), place,
-               arguments.alpha, Score<T>::kArgument, tile);
-    } else if constexpr (kBias) {
-      bias.add(arguments.params.problem, item.job, place, arguments.alpha, Score<T>::kArgument, tile);
+    if constexpr (kBias) {
+      bias.add(
+          arguments.params.problem, item.job, [&] { return bias_place(item, at); }, arguments.alpha,
+          Score<T>::kArgument, tile);
     } else if constexpr (!kFolded) {
       tile.each([this](float& x, int, int) { x *= arguments.alpha; });
     }
   }
 
-  // Of half of the columns. Between the halves comes what parts the compiler's runs of instructions, the mask and the
-  // wait for the product before; then rounding fills the gaps that tanh leaves in the second half.
+  // Of half of the columns. Where kAhead, what parts the compiler's runs of instructions comes between the halves, the
+  // mask and the wait for the product before; rounding then fills the gaps that tanh leaves in the second half.
   template <int kHalf>
   __device__ __forceinline__ void activate(Scores& s) const {
     using Half = Accumulator<1, C::kCols / 16>;
@@ -179,26 +177,10 @@ struct FwdComputer {
   __device__ __forceinline__ void await_keys(bool ready = false) const {
     shared.barrier.key.full[ring.stage].wait(ring.round, ready);
   }
-
-  using BiasRing = Ring<C::kBiasStages>;
-  __device__ __forceinline__ BiasStage<typename C::Relative> bias_stage(const BiasRing& at) const {
-    return BiasStage<typename C::Relative>(shared.bias().stage(at.stage));
-  }
-  // What was prepared of a tile's bias, if it is there; what is fetched otherwise nobody uses.
-  __device__ __forceinline__ bool fetch_bias(TileBias<C>& bias, const BiasRing& at) const {
-    if constexpr (C::kPreparers > 0) {
-      const bool ready = shared.barrier.bias.full[at.stage].ready(at.round);
-      bias.fetch(bias_stage(at), shared.bias().tables(), warp_row() / 16);
-      return ready;
-    }
-    return true;
-  }
-  __device__ __forceinline__ void await_bias(TileBias<C>& bias, bool ready) const {
-    if constexpr (C::kPreparers > 0) {
-      if (ready) return;
-      shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
-      bias.fetch(bias_stage(bias_ring), shared.bias().tables(), warp_row() / 16);
-    }
+  // What was prepared of the bias.
+  __device__ __forceinline__ TileBias<C> await_bias(const FwdItem<C>& item, int tile) const {
+    if constexpr (C::kPreparers > 0) shared.barrier.bias.full[bias_ring.stage].wait(bias_ring.round);
+    return {shared.bias().stage(bias_ring.stage), shared.bias().tables(), bias_place(item, tile)};
   }
   // The values of a tile are used up, and its bias.
   __device__ __forceinline__ void release_values(int stage, int bias_stage) const {
@@ -242,31 +224,32 @@ struct FwdComputer {
     Weights p;
     Ring<C::kStages> current = ring;
     const int first = tile;
-    bool keys_ready = false, values_ready = false, bias_ready = false;
-    TileBias<C> bias;
+    bool keys_ready = false, values_ready = false;
 #pragma unroll 1
     for (; tile < end; ++tile) {
       const bool covered = tiles.covers(tile);
       await_keys(keys_ready);
-      await_bias(bias, bias_ready);
+      TileBias<C> bias = await_bias(item, tile);
       multiply_keys(q, s);
       if (tile > first) {
         multiply_values(out, p, C::kCols, current, values_ready);
       } else {
         ptx::wgmma_commit();  // of nothing
       }
+      bias.load(Score<T>::kArgument);
       ptx::wgmma_wait<1>();
       release_keys(tiles, tile);
-      // What the next tile begins with, while tanh is computed.
-      values_ready = shared.barrier.value.full[ring.stage].ready(ring.round);
-      keys_ready = shared.barrier.key.full[ring.following().stage].ready(ring.following().round);
+      if constexpr (C::kAhead) {
+        values_ready = shared.barrier.value.full[ring.stage].ready(ring.round);
+        keys_ready = shared.barrier.key.full[ring.following().stage].ready(ring.following().round);
+      }
       prepare(s, item, tile, bias);
       activate<0>(s);
+      if constexpr (!C::kAhead) activate<1>(s);
       if (!covered) mask_rows(keep_bits(item, tile), reinterpret_cast<Tile&>(s));
       ptx::wgmma_wait<0>();
       if (tile > first) release_values(current.stage, bias_ring.before());
-      bias_ready = fetch_bias(bias, bias_ring.following());
-      activate<1>(s);
+      if constexpr (C::kAhead) activate<1>(s);
       round(s, p);
       current = ring;
       advance();

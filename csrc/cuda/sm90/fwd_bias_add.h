@@ -127,16 +127,22 @@ __device__ __forceinline__ void add_uncommon(const AttentionProblem& problem, co
   add_one_by_one<B::kTransposed>(problem, job, note, code, at, argument, s);
 }
 
-// The bias of one tile of a warp, fetched while the tile before is computed. add() makes u = argument * (alpha s +
-// bias) of the scores; alpha comes multiplied by the argument.
+// The bias of one tile of a warp: made before the product, for it says what there is to do; load() comes before the
+// wait for the scores, of which add() makes u = argument * (alpha s + bias); alpha comes multiplied by the argument.
 template <class C, class Bias = typename C::Bias>
 struct TileBias;
 
 template <class C>
-struct TileBias<C, NoBias> {};
+struct TileBias<C, NoBias> {
+  __device__ TileBias(uint32_t, BiasTables<typename C::Relative>, const BiasTile&) {}
+  __device__ void load(float) {}
+};
 
 template <class C>
 struct TileBias<C, DenseBias> {
+  __device__ TileBias(uint32_t, BiasTables<typename C::Relative>, const BiasTile&) {}
+  __device__ void load(float) {}
+
   template <class Place>
   __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const Place& place, float alpha,
                                       float argument, Accumulator<1, 8>& s) const {
@@ -192,36 +198,43 @@ struct TileBias<C, DenseBias> {
 template <class C>
 struct TileBias<C, RelativeBias> {
   using B = typename C::Relative;
+  BiasStage<B> stage;
+  BiasTables<B> tables;
+  WarpNote note;
   unsigned code;
   float weight;         // of the first bucket
-  float2 diagonals[9];  // weights of the position term
+  uint32_t window;      // see BiasTables::diagonals
+  float2 diagonals[9];  // weights of the position term and the first bucket together
 
-  // From the tile's stage.
-  __device__ __forceinline__ void fetch(const BiasStage<B>& stage, const BiasTables<B>& tables, int warp) {
-    const int2 head = stage.note(warp).head();
+  __device__ __forceinline__ TileBias(uint32_t base, BiasTables<B> tables, const BiasTile& at)
+      : stage(base), tables(tables), note(stage.note(at.warp)) {
+    const int2 head = note.head();
     code = ptx::uniform(head.x);
     weight = __int_as_float(head.y);
-    const uint32_t window = tables.diagonals(stage, code, warp * 16 + lane_row(), lane_col());
+    window = tables.diagonals(stage, code, at.warp * 16 + lane_row(), lane_col());
+  }
+
+  __device__ __forceinline__ void load(float argument) {
 #pragma unroll
-    for (int d = 0; d < 9; ++d) diagonals[d] = ptx::ld_shared_v2(window + (d - 1) * 32);
+    for (int d = 0; d < 9; ++d) {
+      const float2 x = ptx::ld_shared_v2(window + (d - 1) * 32);
+      diagonals[d] = make_float2(fmaf(argument, x.x, weight), fmaf(argument, x.y, weight));
+    }
   }
 
   template <class Place>
-  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const BiasStage<B>& stage,
-                                      const BiasTables<B>& tables, const Place& place, float alpha, float argument,
-                                      Accumulator<1, 8>& s) const {
+  __device__ __forceinline__ void add(const AttentionProblem& problem, const Job& job, const Place& place, float alpha,
+                                      float argument, Accumulator<1, 8>& s) {
 #pragma unroll
-    for (int d = -1; d < 8; ++d) {
-      const float b[2] = {fmaf(argument, diagonals[d + 1].x, weight), fmaf(argument, diagonals[d + 1].y, weight)};
+    for (int d = -1; d < 8; ++d)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (d + r < 8 && d + r >= 0) {
           float* x = &s.x[0][d + r][r * 2];
-          x[0] = fmaf(x[0], alpha, b[0]);
-          x[1] = fmaf(x[1], alpha, b[1]);
+          x[0] = fmaf(x[0], alpha, diagonals[d + 1].x);
+          x[1] = fmaf(x[1], alpha, diagonals[d + 1].y);
         }
-    }
-    add_uncommon(problem, job, stage, tables, stage.note(place().warp), code, place, argument, s, [] {});
+    add_uncommon(problem, job, stage, tables, note, code, place, argument, s, [] {});
   }
 };
 

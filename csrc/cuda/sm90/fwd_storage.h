@@ -44,6 +44,9 @@ struct FwdPlan : FwdBiasPlan<Shape, Bias> {
   static constexpr int kLoadRegisters = kSpare ? 80 : Shape::kLoadRegisters;
   static constexpr int kComputeRegisters = kSpare ? 144 : Shape::kComputeRegisters;
   static constexpr bool kSpans = std::is_same_v<Bias, NoBias>;
+  // What stands in front of a product is done ahead where that pays: not with a relative bias that is worked out head
+  // by head, whose note and weights are in front as well.
+  static constexpr bool kAhead = !Base::kPreparers || Shape::kHeads > 1;
   static constexpr int kSpanBytes = kSpans ? 2 * Shape::kRows * 16 : 0;
   static constexpr int kSharedBytes = Shape::kSharedBytes + Base::kBiasBytes + kSpanBytes;
   static_assert(kSharedBytes + 2048 + kItems * Base::kTimeRows * 5 <= kSharedMemory, "barriers and items take 2 KB");
@@ -68,6 +71,25 @@ struct FwdBarriers {
   }
 };
 
+// Where operands are described from: a descriptor made once, by a dozen instructions that wait for each other; or, not
+// kAhead, nothing.
+template <bool kAhead>
+struct FwdOrigin {
+  const ptx::Descriptor first;
+
+  __device__ explicit FwdOrigin(uint32_t base) : first(ptx::uniform(base)) {}
+  __device__ ptx::Descriptor descriptor(uint32_t base, uint32_t panel, int panel_bytes) const {
+    return first.moved(panel - base, panel_bytes);
+  }
+};
+template <>
+struct FwdOrigin<false> {
+  __device__ explicit FwdOrigin(uint32_t) {}
+  __device__ ptx::Descriptor descriptor(uint32_t, uint32_t panel, int panel_bytes) const {
+    return ptx::Descriptor(panel, panel_bytes);
+  }
+};
+
 // What all roles see of shared memory.
 template <class C, class T>
 struct FwdStorage {
@@ -76,20 +98,20 @@ struct FwdStorage {
   FwdBarriers<C>& barrier;
   FwdItem<C> (&items)[kItems];
   uint32_t queries, keys, values, staging, spans;
-  ptx::Descriptor origin;  // of the queries: made once, by a dozen instructions that wait for each other
+  const FwdOrigin<C::kAhead> origin;
 
   __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
       : barrier(barrier),
         items(items),
         queries((static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u),
-        origin(ptx::uniform(queries)) {
+        origin(queries) {
     keys = queries + C::kHeads * C::kQueryBytes;
     values = keys + C::kStages * C::kKeyBytes;
     staging = values + C::kStages * C::kKeyBytes;
     spans = bias().base + C::kBiasBytes;
   }
   __device__ ptx::Descriptor descriptor(uint32_t panel, int panel_bytes = 16) const {
-    return origin.moved(panel - queries, panel_bytes);
+    return origin.descriptor(queries, panel, panel_bytes);
   }
   __device__ BiasMemory<C> bias() const { return {staging + C::kRows * 128}; }
   __device__ Panel query_panel(int head, int panel) const {
