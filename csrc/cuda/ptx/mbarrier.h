@@ -23,7 +23,7 @@ struct Mbarrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
   // Whether wait() would return at once: asked beside other work, it takes the time to ask, 20 to 40 clocks, off the
-  // wait.
+  // wait. What the barrier stands for may be read only behind a branch on the answer: loads overtake the question.
   __device__ __forceinline__ bool ready(unsigned parity) {
     int done;
     asm volatile(
