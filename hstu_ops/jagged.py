@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -49,6 +50,27 @@ def nested_attention(
     return torch.nested.nested_tensor_from_jagged(
         out, q.offsets(), min_seqlen=q._maybe_min_seqlen, max_seqlen=q._maybe_max_seqlen
     )
+
+
+def takes_nested(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function for jagged tensors, too: see nested_attention."""
+
+    @wraps(attention)
+    def either(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq_offsets: Tensor | None = None,
+        max_seq_len: int | None = None,
+        **options: object,
+    ) -> Tensor:
+        if not q.is_nested:
+            return attention(q, k, v, seq_offsets, max_seq_len, **options)
+        if seq_offsets is not None:
+            raise ValueError("hstu_ops: seq_offsets: expected None for nested q, k, v (it is theirs), got a tensor")
+        return nested_attention(attention, q, k, v, max_seq_len, **options)
+
+    return either
 
 
 def nested_rows(

@@ -326,8 +326,11 @@ def test_nested_tensors(device):
         assert torch.equal(got.offsets(), offsets)
         if out is not None:
             assert torch.equal(got.values(), out)
-    with pytest.raises(ValueError, match="seq_offsets"):
-        stack(nested, offsets)
+    twin = reference.HSTULayer(DIM, 2, max_seq_len=MAX_SEQ_LEN).to(device)
+    assert torch.equal(twin(nested, **given).values(), twin(x, offsets, **given))
+    for module in (stack, twin):
+        with pytest.raises(ValueError, match="seq_offsets"):
+            module(nested, offsets)
 
 
 def test_empty_batch(device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import Case, make
 
-from hstu_ops import hstu_attention
+from hstu_ops import hstu_attention, reference
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 _CASE = Case("", (20, 0, 13, 1), bias="position+time", num_targets=(3, 0, 2, 1))
@@ -16,18 +16,21 @@ def _jagged(values, offsets, **bounds):
     return torch.nested.nested_tensor_from_jagged(values, offsets, **bounds)
 
 
-def test_same_as_offsets(device):
+@pytest.mark.parametrize("attention", (hstu_attention, reference.hstu_attention), ids=("op", "reference"))
+def test_same_as_offsets(attention, device):
     inputs = make(_CASE, device=device)
     del inputs.options["seq_offsets_q"]
     q, k, v = (_jagged(x, inputs.seq_offsets) for x in (inputs.q, inputs.k, inputs.v))
-    out = hstu_attention(q, k, v, max_seq_len=20, **inputs.options)
-    want = inputs.call(hstu_attention)
+    out = attention(q, k, v, max_seq_len=20, **inputs.options)
+    want = inputs.call(attention)
     assert out.is_nested and out.layout == torch.jagged and out.shape == (4, q.shape[1], 2, 32)
     assert torch.equal(out.offsets(), inputs.seq_offsets) and torch.equal(out.values(), want)
     leaves = list(inputs.leaves.values())
     got = torch.autograd.grad(out.values().square().sum(), leaves)
     assert all(torch.equal(x, y) for x, y in zip(got, torch.autograd.grad(want.square().sum(), leaves), strict=True))
     assert (out + v).shape == out.shape  # jagged along the very dimension of q
+    with pytest.raises(ValueError, match="seq_offsets: expected None for nested"):
+        attention(q, k, v, inputs.seq_offsets, 20)
 
 
 def test_gradient_is_jagged(device):
@@ -92,8 +95,6 @@ def test_errors():
         hstu_attention(q, inputs.k, v)
     with pytest.raises(ValueError, match=r"k: expected shape \[total_kv, 2, D\]"):
         hstu_attention(inputs.q, k, v, inputs.seq_offsets, 20)
-    with pytest.raises(ValueError, match="seq_offsets: expected None for nested"):
-        hstu_attention(q, k, v, inputs.seq_offsets)
     with pytest.raises(ValueError, match="seq_offsets_q: expected None for nested"):
         hstu_attention(q, k, v, seq_offsets_q=inputs.seq_offsets)
     other = _jagged(inputs.v, torch.tensor([0, 10, 20, 30, 34]))

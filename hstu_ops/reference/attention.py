@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bias import RelativeBias, accumulation_dtype
+from ..jagged import takes_nested
 
 
 def attention_mask(
@@ -99,6 +100,7 @@ def relative_bias(bias: RelativeBias, position: Tensor, query_time: Tensor | Non
     return sum(terms)
 
 
+@takes_nested
 def hstu_attention(
     q: Tensor,
     k: Tensor,
@@ -118,7 +120,8 @@ def hstu_attention(
     bias: Tensor | RelativeBias | None = None,
     seq_offsets_q: Tensor | None = None,
 ) -> Tensor:
-    """`hstu_ops.hstu_attention`, one sequence at a time. Reads the offsets on the host; checks nothing."""
+    """`hstu_ops.hstu_attention`, one sequence at a time; of jagged tensors of torch.nested, too. Reads the offsets on
+    the host; checks nothing."""
     offsets = seq_offsets.tolist()
     offsets_q = offsets if seq_offsets_q is None else seq_offsets_q.tolist()
     batch = len(offsets) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import layer
+from ..jagged import nested_rows
 from .attention import padded_hstu_attention
 from .pointwise import layer_norm, norm_gate, silu_split
 
@@ -15,13 +16,16 @@ class HSTULayer(layer.HSTULayer):
     def forward(
         self,
         x: Tensor,
-        seq_offsets: Tensor,
+        seq_offsets: Tensor | None = None,
         *,
         timestamps: Tensor | None = None,
         query_timestamps: Tensor | None = None,
         bias: object = None,
         **masks: object,
     ) -> Tensor:
+        if x.is_nested:
+            times = dict(timestamps=timestamps, query_timestamps=query_timestamps)
+            return nested_rows(self, x, seq_offsets, times, bias=bias, **masks)
         heads, hidden_v, hidden_qk = self.num_heads, self.num_heads * self.dim_v, self.num_heads * self.dim_qk
         if self.relative_bias is not None:
             bias = self.relative_bias(timestamps, query_timestamps)
