@@ -105,14 +105,13 @@ def hstu_attention(
     if isinstance(q, Tensor) and q.is_nested:
         from .jagged import nested_attention
 
-        if seq_offsets is not None:
-            _fail("seq_offsets", "None for nested q, k, v (it is theirs)", seq_offsets)
         return nested_attention(
             hstu_attention,
             q,
             k,
             v,
-            max_seq_len=max_seq_len,
+            seq_offsets,
+            max_seq_len,
             alpha=alpha,
             scale=scale,
             causal=causal,

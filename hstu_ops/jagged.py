@@ -9,19 +9,28 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from .attention import _fail
 from .bias import RelativeBias
 
 _SELECTIONS = ("recent", "random", "time")
 
 
 def nested_attention(
-    attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, max_seq_len: int | None = None, **options: object
+    attention: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: None = None,
+    max_seq_len: int | None = None,
+    **options: object,
 ) -> Tensor:
     """`attention` (hstu_attention) of jagged tensors `[B, *, H, D]`; the result is jagged like q.
 
     Offsets are those of k, and those of q where they differ. `max_seq_len` defaults to the longest sequence of k (known
     to the tensor, or read from the device once). Timestamps of a RelativeBias may be jagged `[B, *]` too.
     """
+    if seq_offsets is not None:
+        _fail("seq_offsets", "None for nested q, k, v (it is theirs)", seq_offsets)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_nested or x.layout != torch.jagged:
             raise TypeError(
@@ -56,19 +65,10 @@ def takes_nested(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same function for jagged tensors, too: see nested_attention."""
 
     @wraps(attention)
-    def either(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        seq_offsets: Tensor | None = None,
-        max_seq_len: int | None = None,
-        **options: object,
-    ) -> Tensor:
-        if not q.is_nested:
-            return attention(q, k, v, seq_offsets, max_seq_len, **options)
-        if seq_offsets is not None:
-            raise ValueError("hstu_ops: seq_offsets: expected None for nested q, k, v (it is theirs), got a tensor")
-        return nested_attention(attention, q, k, v, max_seq_len, **options)
+    def either(q: Tensor, *arguments: object, **options: object) -> Tensor:
+        if q.is_nested:
+            return nested_attention(attention, q, *arguments, **options)
+        return attention(q, *arguments, **options)
 
     return either
 

@@ -326,9 +326,10 @@ def test_least_number_as_a_mask(deterministic, dim, dtype, device):
         return forward_backward(hstu_attention, inputs, torch.ones_like(inputs.v))
 
     got, want = run(True), run(False)
-    exact = {"rtol": 0, "atol": 0} if deterministic else {}  # else the order of sums may differ
     for name in want:
         assert want[name].isfinite().all(), name
+        # The gradient of q may be added up in any order outside deterministic mode.
+        exact = {} if name == "q" and not deterministic else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(got[name], want[name], **exact)
 
 

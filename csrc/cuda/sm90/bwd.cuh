@@ -76,8 +76,7 @@ struct BwdComputer : BwdGroup<C, T> {
                       (C::kSplitQueries ? group * 64 : 0);
     const int64_t row = job.sequence.begin_q + first;
     const int to = sum_stage(count.before());
-    Gate<1>& gate = barrier().sum[to];
-    gate.empty[0].wait(sum_round(count.before()) ^ 1);
+    barrier().sum[to].empty[0].wait(sum_round(count.before()) ^ 1);
     put_sums(shared.sums(to), thread() / 32 * 16, row, dq, arguments.alpha * factor(job));
     if (thread() == 0) {
       const int rows = clamp_int(job.sequence.num_q - first, 0, 64);

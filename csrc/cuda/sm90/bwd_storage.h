@@ -15,12 +15,11 @@
 #pragma once
 
 #include "core/params.h"
-#include "cuda/ptx/memory.h"
 #include "cuda/ptx/tma.h"
-#include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/bwd_config.h"
 #include "cuda/sm90/bwd_items.h"
 #include "cuda/sm90/gate.h"
+#include "cuda/sm90/origin.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/score_factors.h"
 #include "cuda/sm90/tickets.h"
@@ -102,7 +101,7 @@ struct BwdStorage {
 
   BwdState<C>& state;
   uint32_t base;
-  ptx::Descriptor origin;  // of it: made once, by a dozen instructions that wait for each other
+  const Origin<true> origin;
 
   static constexpr int kValues = C::kKeyStages * C::kKeyBytes, kQueries = kValues + C::kValueStages * C::kKeyBytes,
                        kGrads = kQueries + C::kQueryStages * C::kQueryBytes,
@@ -111,11 +110,9 @@ struct BwdStorage {
                        kSums = kSlopes + C::kSlopeStages * C::kSlopeBytes, kBias = kSums + C::kSumStages * C::kSumBytes;
 
   __device__ BwdStorage(BwdState<C>& state, const unsigned char* memory)
-      : state(state),
-        base((static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u),
-        origin(ptx::uniform(base)) {}
+      : state(state), base((static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u), origin(base) {}
   __device__ ptx::Descriptor descriptor(uint32_t panel, int panel_bytes = 16) const {
-    return origin.moved(panel - base, panel_bytes);
+    return origin.descriptor(base, panel, panel_bytes);
   }
   __device__ Panel key_panel(int stage, int panel) const {
     return {base + stage * C::kKeyBytes + panel * C::kKeys * 128};

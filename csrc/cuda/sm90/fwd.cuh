@@ -268,14 +268,14 @@ struct FwdComputer {
     Scores s, bias;
     Weights p;
     // Read once: they are in shared memory.
-    const int first = tile, len = ptx::uniform(item.job.sequence.mask.len), prefix = ptx::uniform(tiles.prefix);
-    const Interval whole{ptx::uniform(tiles.covered.lo), ptx::uniform(tiles.covered.hi)};
+    const int first = tile, len = ptx::uniform(item.job.sequence.mask.len);
+    const CoveredTiles whole = tiles.covered.uniform();
     const bool is_last = end == tiles.kept.end();
 #pragma unroll 1
     for (; tile < end; ++tile) {
       if (tile > first) multiply_values(out[kLast], p, C::kCols, ring.last());
       start_bias(item, tile, bias);
-      const bool covered = tile < prefix || whole.has(tile);
+      const bool covered = whole.has(tile);
       const uint64_t keep = covered ? 0 : keep_bits(item, tile);
       if (!covered) mask_rows(keep, reinterpret_cast<Tile&>(bias));
 #pragma unroll

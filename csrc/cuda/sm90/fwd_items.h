@@ -2,6 +2,7 @@
 // found by a warp in shared memory, read by all others.
 #pragma once
 
+#include "cuda/ptx/memory.h"
 #include "cuda/tile/schedule.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -52,11 +53,22 @@ struct TileSpans {
   }
 };
 
+// Tiles that are kept whole: [0, prefix) and an interval.
+struct CoveredTiles {
+  int prefix;
+  Interval window;
+
+  __device__ bool has(int tile) const { return tile < prefix || window.has(tile); }
+  // The same in registers that all lanes share.
+  __device__ CoveredTiles uniform() const {
+    return {ptx::uniform(prefix), {ptx::uniform(window.lo), ptx::uniform(window.hi)}};
+  }
+};
+
 // What one computing warpgroup needs of an item's tiles.
 struct GroupTiles {
-  TileSpans kept;    // its queries keep some of
-  int prefix;        // and all of [0, prefix)
-  Interval covered;  // and of these
+  TileSpans kept;  // its queries keep some of
+  CoveredTiles covered;
 
   template <int kCols>
   __device__ static GroupTiles make(const Mask& mask, int m0, int m1) {
@@ -64,11 +76,11 @@ struct GroupTiles {
     const int lo = max_int(m0, 0), hi = min_int(m1, mask.len);  // the same in both: what they share is computed once
     g.kept = TileSpans::meeting<kCols>(mask.rows(lo, hi));
     const RowSpans all = lo == m0 && hi == m1 ? mask.common(lo, hi) : RowSpans{};
-    g.prefix = all.prefix.hi / kCols;
-    g.covered = {ceil_div(all.window.lo, kCols), all.window.hi / kCols};
+    g.covered.prefix = all.prefix.hi / kCols;
+    g.covered.window = {ceil_div(all.window.lo, kCols), all.window.hi / kCols};
     return g;
   }
-  __device__ bool covers(int tile) const { return tile < prefix || covered.has(tile); }
+  __device__ bool covers(int tile) const { return covered.has(tile); }
   __device__ bool none() const { return kept.next(-1) >= kept.end(); }
   // The end of the run of kept tiles that `tile` is in.
   __device__ int run_end(int tile) const {

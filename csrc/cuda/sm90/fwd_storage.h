@@ -4,13 +4,12 @@
 #include <type_traits>
 
 #include "core/launch.h"
-#include "cuda/ptx/memory.h"
 #include "cuda/ptx/tma.h"
-#include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias.h"
 #include "cuda/sm90/fwd_items.h"
 #include "cuda/sm90/gate.h"
+#include "cuda/sm90/origin.h"
 #include "cuda/sm90/tickets.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -71,25 +70,6 @@ struct FwdBarriers {
   }
 };
 
-// Where operands are described from: a descriptor made once, by a dozen instructions that wait for each other; or, not
-// kAhead, nothing.
-template <bool kAhead>
-struct FwdOrigin {
-  const ptx::Descriptor first;
-
-  __device__ explicit FwdOrigin(uint32_t base) : first(ptx::uniform(base)) {}
-  __device__ ptx::Descriptor descriptor(uint32_t base, uint32_t panel, int panel_bytes) const {
-    return first.moved(panel - base, panel_bytes);
-  }
-};
-template <>
-struct FwdOrigin<false> {
-  __device__ explicit FwdOrigin(uint32_t) {}
-  __device__ ptx::Descriptor descriptor(uint32_t, uint32_t panel, int panel_bytes) const {
-    return ptx::Descriptor(panel, panel_bytes);
-  }
-};
-
 // What all roles see of shared memory.
 template <class C, class T>
 struct FwdStorage {
@@ -98,7 +78,7 @@ struct FwdStorage {
   FwdBarriers<C>& barrier;
   FwdItem<C> (&items)[kItems];
   uint32_t queries, keys, values, staging, spans;
-  const FwdOrigin<C::kAhead> origin;
+  const Origin<C::kAhead> origin;
 
   __device__ FwdStorage(FwdBarriers<C>& barrier, FwdItem<C> (&items)[kItems], const unsigned char* memory)
       : barrier(barrier),
