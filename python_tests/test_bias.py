@@ -218,6 +218,7 @@ def _with_buckets(bias, buckets, *heads):
         ("rising", (), 64),
         ("rising", (), 128),
         ("rising", (), 256),
+        ("rising", (2,), 256),
         ("milliseconds", (), 64),
         ("shuffled", (), 64),
         ("ties", (2,), 64),
@@ -233,6 +234,21 @@ def test_many_buckets(table, kind, heads, dim, dtype, device):
 
     if dtype != torch.float64:
         check(Case(table, (400, 93), bias="position+time", dim_qk=dim, dim_v=dim), dtype, device, change=change)
+
+
+@pytest.mark.parametrize("heads", ((), (2,)), ids=("shared", "a table a head, frozen"))
+@pytest.mark.parametrize("dim", (64, 128, 256))
+def test_decades(dim, heads, dtype, device):
+    """Long histories reach far back: where buckets are looked up depends on both."""
+
+    def change(inputs):
+        bias = inputs.options["bias"]
+        bias = replace(_with_buckets(bias, _TABLES["sqrt"], *heads), timestamps=16 * bias.timestamps)
+        inputs.options["bias"] = replace(bias, time_weight=bias.time_weight.detach().requires_grad_(not heads))
+
+    if dtype != torch.float64:
+        case = Case("long", (4400, 3900), queries=(150, 77), bias="position+time", dim_qk=dim, dim_v=dim)
+        check(case, dtype, device, change=change)
 
 
 @pytest.mark.parametrize(

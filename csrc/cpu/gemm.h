@@ -1,7 +1,8 @@
 // C = A B or C += A B on row-major tiles in cache: the one matrix product of the CPU kernels.
 //
 // A block of MR rows by NV vectors of C stays in registers; each step broadcasts MR numbers of A against NV vectors of
-// B. N is a multiple of the vector length (tiles are padded), M and K are free.
+// B. N is a multiple of the vector length (tiles are padded), M and K are free. What is added to C is summed by itself
+// first: rounding errors of a long sum grow with the number of its tiles, not of its terms.
 #pragma once
 
 #include "cpu/simd.h"
@@ -35,7 +36,7 @@ HSTU_INLINE void gemm_block(int k_size, const C* a, int64_t lda, const C* b, int
   HSTU_UNROLL
   for (int i = 0; i < MR; ++i) {
     HSTU_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = kOut == Output::kAccumulate ? load(c + i * ldc + j * L) : Vec<C>{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vec<C>{};
   }
   for (int k = 0; k < k_size; ++k) {
     Vec<C> row[NV];
@@ -51,7 +52,10 @@ HSTU_INLINE void gemm_block(int k_size, const C* a, int64_t lda, const C* b, int
   HSTU_UNROLL
   for (int i = 0; i < MR; ++i) {
     HSTU_UNROLL
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * L, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      C* const to = c + i * ldc + j * L;
+      store(to, kOut == Output::kAccumulate ? load(to) + acc[i][j] : acc[i][j]);
+    }
   }
 }
 

@@ -12,6 +12,7 @@
 #include "cuda/errors.h"
 #include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/fwd_scratch.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/schedule.h"
 #include "cuda/tile/tf32.h"
@@ -125,9 +126,6 @@ Status clear_bias_grads(const AttentionBwdParams& params, cudaStream_t stream) {
   return {};
 }
 
-// Counters of the Hopper forward, where there are more items than processors.
-constexpr size_t kFwdWorkspaceBytes = 16;
-
 // The smallest block of queries of any backward kernel.
 constexpr int kFewestQueries = 16;
 
@@ -180,7 +178,7 @@ std::string sm90_refusal(const AttentionBwdParams& params, int& processors) {
 bool portable_is_faster(const AttentionBwdParams& params) {
   constexpr int kMostBoundaries = 4096;
   const RelativeBiasParams& r = params.problem.relative;
-  return params.grad_time_weight && r.num_boundaries > TimeTerm::kMostCellBoundaries &&
+  return params.grad_time_weight && has_many_boundaries(r) &&
          (r.time_head_stride != 0 || r.num_boundaries > kMostBoundaries);
 }
 
@@ -198,12 +196,14 @@ Status dispatch_sm90(const AttentionProblem& a, F&& f) {
 // An allocation takes longer than the kernels of a small problem.
 size_t attention_fwd_workspace(const AttentionFwdParams& params) {
   const AttentionProblem& a = params.problem;
+  const sm90::FwdScratch scratch(a, padded_dim(a), nullptr);
   int device = 0, processors = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return kFwdWorkspaceBytes;
+    return scratch.bytes;
   constexpr int kRows = sm90::FwdConfig<256>::kRows;  // the smallest block of queries
-  return most_items(a.jagged.total_q, a.jagged.batch, kRows, a.heads) > processors ? kFwdWorkspaceBytes : 0;
+  const bool has_tickets = most_items(a.jagged.total_q, a.jagged.batch, kRows, a.heads) > processors;
+  return has_tickets || scratch.cell_bytes > 0 ? scratch.bytes : 0;
 }
 
 size_t attention_bwd_workspace(const AttentionBwdParams& params) {

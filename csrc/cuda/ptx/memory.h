@@ -122,6 +122,16 @@ __device__ __forceinline__ void red_shared_or(uint32_t address, unsigned x) {
   asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+// Memory that this kernel has written, before a barrier.
+__device__ __forceinline__ int ld_global_int(const void* p) {
+  int x;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ void st_global(void* to, uint32_t x) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
 // `to` on 16 bytes. A store through uint4* may become four of 4 bytes.
 __device__ __forceinline__ void st_global(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");

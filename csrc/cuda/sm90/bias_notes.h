@@ -83,15 +83,14 @@ class TimeNoter {
     const Cells cells = tables_.cells();
     const Octave octave = cells.octave(Cells::octave_of(low));
     uint32_t cell = cells.cell(low, octave);
-    const float weight = ptx::ld_shared(cell + (low >= ptx::ld_shared_int(cell) ? 4 : 0) + Cells::kWeight);
-    int steps = 0, next = ptx::ld_shared_int(cell);
+    const float weight = cells.weight(cell + (low >= cells.boundary(cell) ? 4 : 0));
+    int steps = 0, next = cells.boundary(cell);
     for (unsigned i = 0; i <= more; ++i, cell += 4) {
       const int boundary = next;
-      next = ptx::ld_shared_int(cell + 4);
+      next = cells.boundary(cell + 4);
       if (boundary <= low || boundary > high) continue;
       if (++steps > WarpNote::kMostSteps) break;
-      note.set_step(steps - 1, boundary, left,
-                    ptx::ld_shared(cell + Cells::kWeight + 4) - ptx::ld_shared(cell + Cells::kWeight));
+      note.set_step(steps - 1, boundary, left, cells.weight(cell + 4) - cells.weight(cell));
     }
     if (steps <= WarpNote::kMostSteps) {
       note.set(static_cast<unsigned>(steps), weight);

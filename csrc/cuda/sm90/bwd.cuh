@@ -272,8 +272,8 @@ struct BwdComputer : BwdGroup<C, T> {
 template <class C, class T>
 __device__ __forceinline__ void make_bias_tables(const BwdArguments& arguments, const BwdStorage<C, T>& shared) {
   constexpr int kThreads = C::kThreads - 64;
-  shared.bias().tables().make(arguments.params.problem.relative, arguments.factors.bias, threadIdx.x - 64, kThreads,
-                              [] { meet(2 + C::kGroups, kThreads); });
+  shared.bias().tables().make(arguments.params.problem.relative, arguments.cells, arguments.factors.bias,
+                              threadIdx.x - 64, kThreads, [] { meet(2 + C::kGroups, kThreads); });
 }
 
 template <class C, class T>
@@ -338,6 +338,7 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          params,
                          key_schedule(a),
                          Tickets(scratch.key_tickets),
+                         scratch.cells,
                          scratch.sums,
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
                          static_cast<float>(a.scale.value),
@@ -366,7 +367,7 @@ Status attention_bwd(const AttentionBwdParams& params, const BwdScratch& scratch
   }
   using Keys = BwdConfigOf<kDim, false, Bias>;
   if (Status s = attention_bwd_keys<Keys, T>(params, scratch, processors, stream); !s.ok()) return s;
-  return attention_bwd_queries<T, kDim, Bias>(params, scratch.query_tickets, processors, stream);
+  return attention_bwd_queries<T, kDim, Bias>(params, scratch, processors, stream);
 }
 
 template <class T, int kDim>
@@ -388,6 +389,17 @@ Status attention_bwd_dense(const AttentionBwdParams& params, void* memory, int p
   return attention_bwd<T, kDim, DenseBias>(params, scratch, processors, stream);
 }
 
+template <class T, int kDim>
+Status attention_bwd_biased(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
+                            cudaStream_t stream) {
+  if (bwd_has_wide_cells(params, kDim)) {
+    if constexpr (kDim == 128)
+      return attention_bwd_sums<BwdConfigOf<kDim, true, ManyBucketsBias>, T>(params, scratch, processors, stream);
+    if constexpr (kDim == 256) return attention_bwd<T, kDim, ManyBucketsBias>(params, scratch, processors, stream);
+  }
+  return attention_bwd<T, kDim, RelativeBias>(params, scratch, processors, stream);
+}
+
 // See table_grads.cuh.
 template <class T, int kDim>
 Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
@@ -400,7 +412,7 @@ Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, in
   const TableSums &position = scratch.tables.position, &time = scratch.tables.time;
   for (const TableSums* t : {&position, &time})
     if (t->sums) HSTU_TRY(cudaMemsetAsync(t->start(), 0, t->bytes(), stream));
-  if (Status s = attention_bwd<T, kDim, RelativeBias>(params, scratch, processors, stream); !s.ok()) return s;
+  if (Status s = attention_bwd_biased<T, kDim>(params, scratch, processors, stream); !s.ok()) return s;
   if (!position.sums && !time.sums) return {};
   return attention_table_grads<T, kDim>(params, scratch, processors, stream);
 }

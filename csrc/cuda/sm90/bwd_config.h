@@ -39,7 +39,7 @@ struct BwdShape {
   // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
   // Of a relative bias: see BwdBiasShape. Dense bias: see BwdDenseShape.
   static constexpr bool kBias = false, kDense = false;
-  using Relative = BiasShape<kKeys, true, 1, 1>;
+  using Relative = BiasShape<kKeys, true, SharedCells<1>, 1>;
   using Notes = NoteQueue<Relative, 1, 1>;
   static constexpr int kBiasStages = 1, kBiasStageBytes = 0;
   static constexpr int kTimeRows = 1;  // whose times a block keeps
@@ -61,10 +61,10 @@ template <>
 struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
 
 // With relative bias, which may take the place of keys loaded ahead.
-template <class Shape, int kCells, int kNotedTiles, int kLoads, int kCompute>
+template <class Shape, class Cells, int kNotedTiles, int kLoads, int kCompute>
 struct BwdBiasShape : Shape {
   static constexpr bool kBias = true;
-  using Relative = BiasShape<Shape::kKeys, true, kCells, kNotedTiles>;
+  using Relative = BiasShape<Shape::kKeys, true, Cells, kNotedTiles>;
   using Notes = NoteQueue<Relative, 1, 2 * kNotedTiles>;
   static constexpr int kBiasStages = 4, kBiasStageBytes = BiasStage<Relative>::kBytes;
   // 2 KB a warp for scores that wait: where dS or slopes go later, or a place of their own.
@@ -79,18 +79,23 @@ struct BwdBiasShape : Shape {
   static_assert(Shape::kQueries == Relative::kCols);
 };
 
-template <int kDim, bool kQuerySums>
+template <int kDim, bool kQuerySums, class Bias = RelativeBias>
 struct BwdBiasConfig;
 template <>
-struct BwdBiasConfig<64, true> : BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 3>, 4096, 2, 32, 160> {};
+struct BwdBiasConfig<64, true> : BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 3>, SharedCells<4096>, 2, 32, 160> {};
 template <>
-struct BwdBiasConfig<128, true> : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, 2432, 4, 40, 232> {};
+struct BwdBiasConfig<128, true> : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, SharedCells<2432>, 4, 40, 232> {};
 template <>
-struct BwdBiasConfig<64, false> : BwdBiasShape<BwdShape<64, false, 64, 2, 2, 4, 4>, 4096, 4, 40, 232> {};
+struct BwdBiasConfig<64, false> : BwdBiasShape<BwdShape<64, false, 64, 2, 2, 4, 4>, SharedCells<4096>, 4, 40, 232> {};
 template <>
-struct BwdBiasConfig<128, false> : BwdBiasShape<BwdShape<128, false, 64, 2, 1, 2, 2>, 4096, 4, 40, 232> {};
+struct BwdBiasConfig<128, false> : BwdBiasShape<BwdShape<128, false, 64, 2, 1, 2, 2>, SharedCells<4096>, 4, 40, 232> {};
 template <>
-struct BwdBiasConfig<256, false> : BwdBiasShape<BwdConfig<256, false>, 880, 4, 40, 232> {};
+struct BwdBiasConfig<256, false> : BwdBiasShape<BwdConfig<256, false>, SharedCells<880>, 4, 40, 232> {};
+template <>
+struct BwdBiasConfig<128, true, ManyBucketsBias>
+    : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, WideCells, 4, 40, 232> {};
+template <>
+struct BwdBiasConfig<256, false, ManyBucketsBias> : BwdBiasShape<BwdConfig<256, false>, WideCells, 4, 40, 232> {};
 
 // With dense bias, which is read where it is used.
 template <class Shape>
@@ -98,9 +103,8 @@ struct BwdDenseShape : Shape {
   static constexpr bool kDense = true;
 };
 template <int kDim, bool kQuerySums, class Bias>
-using BwdConfigOf =
-    std::conditional_t<std::is_same_v<Bias, DenseBias>, BwdDenseShape<BwdConfig<kDim, kQuerySums>>,
-                       std::conditional_t<std::is_same_v<Bias, RelativeBias>, BwdBiasConfig<kDim, kQuerySums>,
-                                          BwdConfig<kDim, kQuerySums>>>;
+using BwdConfigOf = std::conditional_t<
+    std::is_same_v<Bias, DenseBias>, BwdDenseShape<BwdConfig<kDim, kQuerySums>>,
+    std::conditional_t<kIsRelative<Bias>, BwdBiasConfig<kDim, kQuerySums, Bias>, BwdConfig<kDim, kQuerySums>>>;
 
 }  // namespace hstu_ops::cuda::sm90

@@ -123,8 +123,9 @@ struct BwdGroup {
   __device__ __forceinline__ void turn_tables(const Job& job) const {
     if constexpr (C::kBias) {
       constexpr int kThreads = C::kSplitKeys ? 128 * C::kGroups : 128;
-      shared.bias().tables().turn(arguments.params.problem.relative, job.item.head, arguments.factors.bias,
-                                  threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+      shared.bias().tables().turn(arguments.params.problem.relative, arguments.cells, job.item.head,
+                                  arguments.factors.bias, threadIdx.x - 128, kThreads,
+                                  [] { meet(1 + C::kGroups, kThreads); });
     }
   }
 

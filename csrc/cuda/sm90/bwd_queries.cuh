@@ -305,8 +305,9 @@ struct BwdQueriesComputer {
       if (!item.more) return;
       if constexpr (kRelative) {
         constexpr int kThreads = 128 * C::kGroups;
-        shared.bias().tables().turn(arguments.params.problem.relative, item.job.item.head, arguments.factors.bias,
-                                    threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+        shared.bias().tables().turn(arguments.params.problem.relative, arguments.cells, item.job.item.head,
+                                    arguments.factors.bias, threadIdx.x - 128, kThreads,
+                                    [] { meet(1 + C::kGroups, kThreads); });
       }
       Sums dq;
 #pragma unroll
@@ -338,7 +339,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   __syncthreads();
   if constexpr (C::kPreparers > 0)
-    if (threadIdx.x >= 64) make_bias_tables<C>(arguments.params.problem.relative, arguments.factors.bias, shared);
+    if (threadIdx.x >= 64)
+      make_bias_tables<C>(arguments.params.problem.relative, arguments.cells, arguments.factors.bias, shared);
   if (threadIdx.x < 128) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
     const int warp = threadIdx.x / 32;
@@ -355,9 +357,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// `tickets`: see tickets.h. Bias: one of tile/bias.h.
+// Bias: one of tile/bias.h.
 template <class T, int kDim, class Bias>
-Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, int processors, cudaStream_t stream) {
+Status attention_bwd_queries(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
+                             cudaStream_t stream) {
   using C = BwdQueriesPlan<BwdQueriesConfig<kDim, Bias>, Bias>;
   const AttentionProblem& a = params.problem;
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads);
@@ -367,7 +370,8 @@ Status attention_bwd_queries(const AttentionBwdParams& params, void* tickets, in
                                 {},
                                 params,
                                 query_schedule(a),
-                                Tickets(tickets),
+                                Tickets(scratch.query_tickets),
+                                scratch.cells,
                                 ScoreFactors(a.alpha, Score<T>::kArgument, !std::is_same_v<Bias, NoBias>)};
   if (Status s = make_tensor_maps(arguments, params, C::kRows, C::kCols); !s.ok()) return s;
   return launch<attention_bwd_queries_kernel<C, T>, true>(arguments, items < processors ? items : processors,

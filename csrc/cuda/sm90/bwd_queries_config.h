@@ -39,10 +39,15 @@ template <class Bias>
 struct BwdQueriesConfig<256, Bias> : BwdQueriesShape<256, 2, 2, 1> {};
 template <>
 struct BwdQueriesConfig<256, RelativeBias> : BwdQueriesShape<256, 2, 2, 2, true> {};
+template <>
+struct BwdQueriesConfig<256, ManyBucketsBias> : BwdQueriesConfig<256, RelativeBias> {};
 
 // Cells and tiles noted together: see BiasShape.
 template <class Shape, class Bias>
-using BwdQueriesBias = BiasPlan<Shape, Bias, Shape::kDim == 256 ? 720 : 4096, 8, Shape::kDim == 64 ? 8 : 4>;
+using BwdQueriesBias = BiasPlan<
+    Shape, Bias,
+    std::conditional_t<std::is_same_v<Bias, ManyBucketsBias>, WideCells, SharedCells<Shape::kDim == 256 ? 720 : 4096>>,
+    8, Shape::kDim == 64 ? 8 : 4>;
 
 template <class Shape, class Bias>
 struct BwdQueriesPlan : BwdQueriesBias<Shape, Bias> {

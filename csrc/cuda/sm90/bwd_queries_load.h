@@ -15,6 +15,7 @@
 #include "cuda/ptx/dependent.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_queries_config.h"
+#include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/gate.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/score_factors.h"
@@ -27,6 +28,7 @@ struct BwdQueriesArguments {
   AttentionBwdParams params;
   Schedule schedule;
   Tickets tickets;
+  void* cells;  // of WideCells
   ScoreFactors factors;
 };
 

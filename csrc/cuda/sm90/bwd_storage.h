@@ -32,6 +32,7 @@ struct BwdArguments {
   AttentionBwdParams params;
   Schedule schedule;
   Tickets tickets;     // of items: whoever is done first takes the next, since items differ in length
+  void* cells;         // of WideCells
   float* sums;         // of dQ: see bwd_sums.h
   float alpha, scale;  // alpha: as much of it as dQ and dK take
   ScoreFactors factors;

@@ -32,6 +32,7 @@
 #include "cuda/sm90/fwd_find.h"
 #include "cuda/sm90/fwd_launch.h"
 #include "cuda/sm90/fwd_load.h"
+#include "cuda/sm90/fwd_scratch.h"
 #include "cuda/sm90/fwd_storage.h"
 #include "cuda/sm90/ring.h"
 #include "cuda/sm90/store.h"
@@ -360,8 +361,9 @@ struct FwdComputer {
       if (!item.more) return;
       if constexpr (C::kPreparers > 0) {
         constexpr int kThreads = 128 * C::kGroups;
-        shared.bias().tables().turn(arguments.params.problem.relative, item.job.item.head, Score<T>::kArgument,
-                                    threadIdx.x - 128, kThreads, [] { meet(1 + C::kGroups, kThreads); });
+        shared.bias().tables().turn(arguments.params.problem.relative, arguments.cells, item.job.item.head,
+                                    Score<T>::kArgument, threadIdx.x - 128, kThreads,
+                                    [] { meet(1 + C::kGroups, kThreads); });
       }
       Output out[C::kHeads];
 #pragma unroll
@@ -392,7 +394,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_fwd_kernel(const __g
   }
   __syncthreads();
   if constexpr (C::kPreparers > 0)
-    if (threadIdx.x >= 64) make_bias_tables<C>(arguments.params.problem.relative, Score<T>::kArgument, shared);
+    if (threadIdx.x >= 64)
+      make_bias_tables<C>(arguments.params.problem.relative, arguments.cells, Score<T>::kArgument, shared);
   if (threadIdx.x < 128) {
     ptx::set_max_registers_down<C::kLoadRegisters>();
     const int warp = threadIdx.x / 32;
@@ -421,13 +424,15 @@ Status launch_kernel(const AttentionFwdParams& params, void* workspace, int proc
   if (Status s = allow_shared_memory<kKernel>(device, C::kSharedBytes); !s.ok()) return s;
   const int parts = C::kHeads > 1 ? 1 : Launch::key_parts(a, device, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads);
-  const bool shared_out = workspace && parts == 1 && items > processors;
+  const FwdScratch scratch(a, C::kDim, workspace);
+  const bool shared_out = parts == 1 && items > processors;
   FwdArguments arguments{{},
                          {},
                          {},
                          params,
                          query_schedule(a, C::kHeads),
-                         Tickets(shared_out ? workspace : nullptr),
+                         Tickets(shared_out ? scratch.tickets : nullptr),
+                         scratch.cells,
                          static_cast<float>(a.alpha) * Score<T>::kArgument};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
@@ -475,6 +480,10 @@ Status attention_fwd_biased(const AttentionFwdParams& params, void* workspace, i
     using Heads = FwdPlan<FwdHeadsConfig<kDim>, RelativeBias>;
     if (may_share_bias<Heads, T>(params.problem, processors))
       return launch_problem<T, Heads>(params, workspace, processors, stream);
+  }
+  if constexpr (kDim == 256) {
+    if (has_many_buckets<T>(params.problem.relative))
+      return launch_problem<T, FwdPlan<FwdConfig<kDim>, ManyBucketsBias>>(params, workspace, processors, stream);
   }
   return launch_problem<T, FwdPlan<FwdConfig<kDim>, RelativeBias>>(params, workspace, processors, stream);
 }

@@ -24,10 +24,11 @@ struct Lane {
 };
 
 // A block's kRows rows, 16 a warp, and tiles of kCols columns: queries and keys or, if kTransposed, the reverse.
-// kCells: what tiles leave room for; kNotedTiles: looked at together.
-template <int kRows_, bool kTransposed_, int kCells_, int kNotedTiles_>
+// Cells_: SharedCells of what tiles leave room for, or GlobalCells; kNotedTiles: looked at together.
+template <int kRows_, bool kTransposed_, class Cells_, int kNotedTiles_>
 struct BiasShape {
-  static constexpr int kRows = kRows_, kCols = 64, kCells = kCells_;
+  using Cells = Cells_;
+  static constexpr int kRows = kRows_, kCols = 64;
   static constexpr int kNotedTiles = kNotedTiles_;
   static constexpr bool kTransposed = kTransposed_;
 
@@ -140,7 +141,7 @@ struct NoteQueue {
 // What a block holds of relative bias: cells of the look-up and zeros in the place of weights.
 template <class B>
 struct BiasTables {
-  using Cells = BiasCells<B::kCells>;
+  using Cells = BiasCells<typename B::Cells>;
   static constexpr int kZeroBytes = 384;  // the stages behind them start on 128 bytes
   static constexpr int kBytes = Cells::kBytes + kZeroBytes;
 
@@ -158,23 +159,23 @@ struct BiasTables {
   __device__ __forceinline__ void clear_stages(int bytes, int thread, int threads) const {
     for (int i = thread; i < (kZeroBytes + bytes) / 4; i += threads) ptx::st_shared(base + Cells::kBytes + i * 4, 0u);
   }
-  // By `threads` threads that meet in sync().
+  // By `threads` threads that meet in sync(). memory: of GlobalCells.
   template <class Sync>
-  __device__ __forceinline__ void make(const RelativeBiasParams& p, float argument, int thread, int threads,
-                                       const Sync& sync) const {
+  __device__ __forceinline__ void make(const RelativeBiasParams& p, void* memory, float argument, int thread,
+                                       int threads, const Sync& sync) const {
     if (p.time_weight) {
-      cells().make(TimeTerm(p, Sequence(), 0, nullptr), argument, thread, threads, sync);
+      Cells(base, memory, 0).make(TimeTerm(p, Sequence(), 0, nullptr), argument, thread, threads, sync);
     } else {
       sync();
     }
   }
   // For an item of another head; those of one head share tables.
   template <class Sync>
-  __device__ __forceinline__ void turn(const RelativeBiasParams& p, int head, float argument, int thread, int threads,
-                                       const Sync& sync) const {
+  __device__ __forceinline__ void turn(const RelativeBiasParams& p, void* memory, int head, float argument, int thread,
+                                       int threads, const Sync& sync) const {
     if (!p.time_weight || p.time_head_stride == 0) return;
     sync();
-    cells().fill(TimeTerm(p, Sequence(), head, nullptr), argument, thread, threads);
+    Cells(base, memory, head).fill(TimeTerm(p, Sequence(), head, nullptr), argument, thread, threads);
     sync();
   }
 };
@@ -194,12 +195,12 @@ struct BiasMemory {
 
 // Shape and what a bias (one of tile/bias.h) adds to it where rows are queries: warps of the loading warpgroup that
 // prepare it, stages and room for them.
-template <class Shape, class Bias_, int kCells, int kNotedTiles, int kStages>
+template <class Shape, class Bias_, class Cells, int kNotedTiles, int kStages>
 struct BiasPlan : Shape {
   using Bias = Bias_;
-  using Relative = BiasShape<Shape::kRows, false, kCells, kNotedTiles>;
+  using Relative = BiasShape<Shape::kRows, false, Cells, kNotedTiles>;
   using Notes = NoteQueue<Relative, 2, kNotedTiles>;
-  static constexpr int kPreparers = std::is_same_v<Bias, RelativeBias> ? 2 : 0;
+  static constexpr int kPreparers = kIsRelative<Bias> ? 2 : 0;
   static constexpr int kBiasStages = kStages;
   static constexpr int kBiasStageBytes = kPreparers ? BiasStage<Relative>::kBytes : 0;
   static constexpr int kBiasBytes =

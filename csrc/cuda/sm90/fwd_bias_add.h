@@ -238,4 +238,9 @@ struct TileBias<C, RelativeBias> {
   }
 };
 
+template <class C>
+struct TileBias<C, ManyBucketsBias> : TileBias<C, RelativeBias> {
+  using TileBias<C, RelativeBias>::TileBias;
+};
+
 }  // namespace hstu_ops::cuda::sm90

@@ -18,13 +18,67 @@ struct Octave {
   int shift, first;
 };
 
+// Where boundaries and weights are. A cell's address is that of its boundary; kWeight bytes on is the weight of its
+// first gap. In shared memory:
 template <int kCells_>
+struct SharedCells {
+  static constexpr int kCells = kCells_, kWeight = (kCells + 4) * 4, kBytes = 2 * kWeight, kGlobalBytes = 0;
+
+  uint32_t first;  // address of cell 0
+
+  // `at`: of kBytes of shared memory; memory, head: see GlobalCells.
+  __device__ static SharedCells place(uint32_t at, void* /*memory*/, int /*head*/) { return {at}; }
+  __device__ static SharedCells placed(uint32_t at) { return {at}; }
+  __device__ int load(uint32_t at) const { return ptx::ld_shared_int(at); }
+  __device__ void store(uint32_t at, uint32_t x) const { ptx::st_shared(at, x); }
+};
+
+// Or, where tiles leave no room, in global memory, kGlobalBytes for each head that has weights of its own: all blocks
+// write the same.
+template <int kCells_>
+struct GlobalCells {
+  static constexpr int kCells = kCells_, kWeight = (kCells + 4) * 4, kBytes = 8 /* where it is */,
+                       kGlobalBytes = 2 * kWeight;
+  static constexpr uint32_t first = 0;
+
+  char* memory;
+
+  __device__ static GlobalCells place(uint32_t at, void* memory, int head) {
+    char* const mine = static_cast<char*>(memory) + static_cast<int64_t>(head) * kGlobalBytes;
+    const uint64_t x = reinterpret_cast<uint64_t>(mine);
+    ptx::st_shared(at, make_uint2(static_cast<uint32_t>(x), static_cast<uint32_t>(x >> 32)));
+    return {mine};
+  }
+  __device__ static GlobalCells placed(uint32_t at) {
+    const int2 x = ptx::ld_shared_int_v2(at);
+    return {
+        reinterpret_cast<char*>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x))};
+  }
+  __device__ int load(uint32_t at) const { return ptx::ld_global_int(memory + at); }
+  __device__ void store(uint32_t at, uint32_t x) const { ptx::st_global(memory + at, x); }
+};
+
+// Of many buckets (ManyBucketsBias) at 256 dimensions, and in the backward at 128 (bwd_scratch.h): enough for 2048
+// square roots.
+using WideCells = GlobalCells<4352>;
+
+inline size_t wide_cell_bytes(const AttentionProblem& a) {
+  const size_t tables = a.relative.time_head_stride ? a.heads : 1;
+  return has_many_boundaries(a.relative) ? tables * WideCells::kGlobalBytes : 0;
+}
+
+// Place: SharedCells or GlobalCells.
+template <class Place>
 class BiasCells {
  public:
-  static constexpr int kCells = kCells_;
+  static constexpr int kCells = Place::kCells;
   static constexpr int kGaps = 1 << 30;  // gaps below are looked up; from here on they are searched for
 
-  __device__ explicit BiasCells(uint32_t base) : base_(base) {}
+  // base: of kBytes of shared memory.
+  __device__ explicit BiasCells(uint32_t base) : base_(base), cells_(Place::placed(base + kPlace)) {}
+  // Before make() or fill(): memory: of GlobalCells; head: whose weights are to be there.
+  __device__ BiasCells(uint32_t base, void* memory, int head)
+      : base_(base), cells_(Place::place(base + kPlace, memory, head)) {}
 
   // Octave 0 holds all gaps below 1, octave e + 1 those from 2^e on.
   __device__ static __forceinline__ int octave_of(int gap) {
@@ -43,29 +97,32 @@ class BiasCells {
     return (crowded() >> first & ((2u << (last - first)) - 1)) == 0;
   }
 
-  // Where a cell's boundary is; kWeight bytes on is the weight of its first gap, and 4 more on that of the next cell.
+  // The address of a cell; 4 bytes on is the next one's.
   __device__ __forceinline__ uint32_t cell(int gap, const Octave& o) const { return cell_from(first(o), gap, o.shift); }
   __device__ __forceinline__ uint32_t cell(int gap) const { return cell(gap, octave(octave_of(gap))); }
   // The same in two steps, of which the first is not repeated.
-  __device__ __forceinline__ uint32_t first(const Octave& o) const { return base_ + kBoundaries + o.first * 4; }
+  __device__ __forceinline__ uint32_t first(const Octave& o) const { return cells_.first + o.first * 4; }
   __device__ __forceinline__ static uint32_t cell_from(uint32_t first, int gap, int shift) {
     return first + (gap >> shift) * 4;
   }
-  static constexpr int kWeight = (kCells + 4) * 4;
+  __device__ __forceinline__ int boundary(uint32_t cell) const { return cells_.load(cell); }
+  __device__ __forceinline__ float weight(uint32_t cell) const {
+    return __int_as_float(cells_.load(cell + Place::kWeight));
+  }
 
   // Weights of gaps whose cells are `at`, which moves to the next cell where a gap is beyond the boundary.
   template <int kCount>
-  __device__ static __forceinline__ void weigh(const int (&gap)[kCount][4], uint32_t (&at)[kCount][4],
-                                               float (&weight)[kCount][4]) {
+  __device__ __forceinline__ void weigh(const int (&gap)[kCount][4], uint32_t (&at)[kCount][4],
+                                        float (&weights)[kCount][4]) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        if (gap[n][e] >= ptx::ld_shared_int(at[n][e])) at[n][e] += 4;
+        if (gap[n][e] >= boundary(at[n][e])) at[n][e] += 4;
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) weight[n][e] = ptx::ld_shared(at[n][e] + kWeight);
+      for (int e = 0; e < 4; ++e) weights[n][e] = weight(at[n][e]);
   }
 
   // All of it, by `threads` threads that meet in sync(). Weights are multiplied by `argument`.
@@ -73,7 +130,6 @@ class BiasCells {
   __device__ void make(const TimeTerm& time, float argument, int thread, int threads, const Sync& sync) const {
     if (thread <= kOctaves) ptx::st_shared(base_ + thread * 8, make_int2(max_int(thread - 1, 0), 0));
     if (thread == 0) ptx::st_shared(base_ + kCrowded, 0u);
-    for (int c = thread; c < kCells; c += threads) ptx::st_shared(base_ + kBoundaries + c * 4, INT32_MAX + 0u);
     sync();
     for (int k = thread; k + 1 < time.count; k += threads)
       narrow(__ldg(time.boundaries + k), __ldg(time.boundaries + k + 1));
@@ -87,13 +143,13 @@ class BiasCells {
   // Weights alone, of another table; boundaries are written again.
   __device__ void fill(const TimeTerm& time, float argument, int thread, int threads) const {
     each_bucket(time, thread, threads, [&](int k, int first, int last, int64_t to, bool inside) {
-      const uint32_t weight = __float_as_uint(argument * __ldg(time.weight + k));
-      for (int c = first; c <= last; ++c) ptx::st_shared(base_ + kBoundaries + kWeight + c * 4, weight);
-      if (!inside) return;
-      if (first > last) {
+      if (inside && first > last)
         ptx::red_shared_or(base_ + kCrowded, 1u << octave_of(static_cast<int>(max(to, int64_t{0}))));
-      } else {
-        ptx::st_shared(base_ + kBoundaries + last * 4, static_cast<uint32_t>(to < INT32_MIN ? INT32_MIN : to));
+      const uint32_t weight = __float_as_uint(argument * __ldg(time.weight + k));
+      for (int c = first; c <= last; ++c) {
+        const int64_t boundary = !inside || c < last ? INT32_MAX : to < INT32_MIN ? INT32_MIN : to;
+        cells_.store(cells_.first + c * 4, static_cast<uint32_t>(boundary));
+        cells_.store(cells_.first + c * 4 + Place::kWeight, weight);
       }
     });
   }
@@ -112,15 +168,15 @@ class BiasCells {
     }
   }
   // Number of the cell whose boundary is at an address.
-  __device__ __forceinline__ int number(uint32_t at) const { return static_cast<int>(at - base_ - kBoundaries) / 4; }
+  __device__ __forceinline__ int number(uint32_t at) const { return static_cast<int>(at - cells_.first) / 4; }
 
  private:
   static constexpr int kOctaves = 31;  // below kGaps; one more entry says where the cells end
-  static constexpr int kCrowded = (kOctaves + 1) * 8, kBoundaries = kCrowded + 8;
+  static constexpr int kCrowded = (kOctaves + 1) * 8, kPlace = kCrowded + 8;
   static constexpr int kMostCells = 1024;  // of an octave
 
  public:
-  static constexpr int kBytes = (kBoundaries + 2 * kWeight + 127) / 128 * 128;
+  static constexpr int kBytes = (kPlace + Place::kBytes + 127) / 128 * 128;
 
  private:
   // Cells of the octave of two neighbouring boundaries are no wider than their distance.
@@ -150,6 +206,7 @@ class BiasCells {
   }
 
   uint32_t base_;
+  Place cells_;
 };
 
 }  // namespace hstu_ops::cuda::sm90

@@ -131,12 +131,12 @@ class BiasPreparer {
 // By the preparing and the computing warps, while the first items are found: called before their roles part, for
 // compute-sanitizer takes copies of one barrier for different ones.
 template <class C, class Storage>
-__device__ __forceinline__ void make_bias_tables(const RelativeBiasParams& relative, float factor,
+__device__ __forceinline__ void make_bias_tables(const RelativeBiasParams& relative, void* cells, float factor,
                                                  const Storage& shared) {
   constexpr int kThreads = C::kThreads - 64;
   const auto tables = shared.bias().tables();
   tables.clear_stages(C::kBiasStages * C::kBiasStageBytes, threadIdx.x - 64, kThreads);
-  tables.make(relative, factor, threadIdx.x - 64, kThreads, [] { meet(2 + C::kGroups, kThreads); });
+  tables.make(relative, cells, factor, threadIdx.x - 64, kThreads, [] { meet(2 + C::kGroups, kThreads); });
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -19,20 +19,25 @@ struct FwdArguments {
   AttentionFwdParams params;
   Schedule schedule;
   Tickets tickets;
+  void* cells;  // of WideCells
   float alpha;  // times the argument of SiLU
 };
 
 // What tiles leave room for: see BiasShape. A ring of bias stages of its own, for tables come later than keys.
-template <class Shape>
+template <class Shape, class Bias>
 struct FwdBiasSizes {
   static constexpr bool kHeads = Shape::kHeads > 1;
-  static constexpr int kCells = Shape::kDim == 256 ? 560 : Shape::kDim == 64 ? 5120 : kHeads ? 4096 : 4352;
+  using Cells = std::conditional_t<std::is_same_v<Bias, ManyBucketsBias>, WideCells,
+                                   SharedCells<Shape::kDim == 256  ? 560
+                                               : Shape::kDim == 64 ? 5120
+                                               : kHeads            ? 4096
+                                                                   : 4352>>;
   static constexpr int kNotedTiles = Shape::kDim == 256 ? 4 : 8;
   static constexpr int kStages = Shape::kDim == 256 ? 3 : Shape::kDim == 128 || kHeads ? 4 : 8;
 };
 template <class Shape, class Bias>
-using FwdBiasPlan =
-    BiasPlan<Shape, Bias, FwdBiasSizes<Shape>::kCells, FwdBiasSizes<Shape>::kNotedTiles, FwdBiasSizes<Shape>::kStages>;
+using FwdBiasPlan = BiasPlan<Shape, Bias, typename FwdBiasSizes<Shape, Bias>::Cells,
+                             FwdBiasSizes<Shape, Bias>::kNotedTiles, FwdBiasSizes<Shape, Bias>::kStages>;
 
 // Shape and Bias, one of tile/bias.h.
 template <class Shape, class Bias>

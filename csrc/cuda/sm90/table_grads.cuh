@@ -385,7 +385,8 @@ struct TableComputer {
       const TimeTerm time(problem().relative, Sequence(), 0, shared.cells());
       time.template make_cells<kLines>(shared.cells(), threadIdx.x - 128, kThreads);
       if constexpr (kLines)
-        shared.cell_buckets().make(time, kArgument, threadIdx.x - 128, kThreads, [] { meet(1, kThreads); });
+        shared.cell_buckets().make(time, arguments.cells, kArgument, threadIdx.x - 128, kThreads,
+                                   [] { meet(1, kThreads); });
     }
     meet(1, kThreads);
     if (group == C::kGroups - 1) pass_turn();
@@ -454,6 +455,7 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, const 
                            key_schedule(a, heads),
                            Tickets(scratch.bias_tickets),
                            scratch.tables,
+                           scratch.table_cells,
                            heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
   if (Status s = make_tensor_maps(arguments, params, kTableTile, kTableTile); !s.ok()) return s;
@@ -478,15 +480,15 @@ Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch&
   constexpr int kHeads = kDim == 64 ? 4 : kDim == 128 ? 2 : 1, kStages = kHeads;
   const int heads = summed_heads(a, kHeads, processors);
   if (has_many_buckets<T>(a.relative)) {  // whose look-ups take more registers
-    constexpr int kCells = kDim == 64 ? 5120 : kDim == 128 ? 4096 : 960;
-    using Many = TableShape<kDim, 2, kHeads, kCells, kDim == 256 ? 1 : 2, kDim == 64 ? 2 : 1>;
+    using Cells = std::conditional_t<kDim == 256, WideCells, SharedCells<kDim == 64 ? 5120 : 4096>>;
+    using Many = TableShape<kDim, 2, kHeads, Cells, kDim == 256 ? 1 : 2, kDim == 64 ? 2 : 1>;
     return attention_table_grads<Many, T, true>(params, heads, scratch, processors, stream);
   }
   if constexpr (kHeads > 1) {
-    using Shared = TableShape<kDim, 2, kHeads, 0, kStages, kStages>;
+    using Shared = TableShape<kDim, 2, kHeads, NoCells, kStages, kStages>;
     if (heads > 1) return attention_table_grads<Shared, T, false>(params, heads, scratch, processors, stream);
   }
-  using OfHead = TableShape<kDim, kDim == 256 ? 2 : 3, 1, 0, kStages, kStages>;
+  using OfHead = TableShape<kDim, kDim == 256 ? 2 : 3, 1, NoCells, kStages, kStages>;
   return attention_table_grads<OfHead, T, false>(params, heads, scratch, processors, stream);
 }
 

@@ -77,33 +77,38 @@ struct BucketSums {
 };
 
 // Cells, and the bucket of each.
-template <int kCells>
+template <class Place>
 struct CellBuckets {
-  using Cells = BiasCells<kCells>;
-  static constexpr int kBytes = Cells::kBytes + (kCells + 8) * 2;
+  using Cells = BiasCells<Place>;
+  static constexpr int kBytes = Cells::kBytes + (Cells::kCells + 8) * 2;
 
   uint32_t base;
 
   __device__ Cells cells() const { return Cells(base); }
   __device__ int bucket(int cell) const { return ptx::ld_shared_u16(base + Cells::kBytes + cell * 2); }
 
-  // By `threads` threads that meet in sync().
+  // By `threads` threads that meet in sync(). memory: of GlobalCells.
   template <class Sync>
-  __device__ void make(const TimeTerm& time, float argument, int thread, int threads, const Sync& sync) const {
-    cells().make(time, argument, thread, threads, sync);
-    cells().each_bucket(time, thread, threads, [&](int k, int first, int last, int64_t, bool) {
+  __device__ void make(const TimeTerm& time, void* memory, float argument, int thread, int threads,
+                       const Sync& sync) const {
+    const Cells cells(base, memory, 0);
+    cells.make(time, argument, thread, threads, sync);
+    cells.each_bucket(time, thread, threads, [&](int k, int first, int last, int64_t, bool) {
       for (int c = first; c <= last; ++c) ptx::st_shared(base + Cells::kBytes + c * 2, static_cast<uint16_t>(k));
     });
     sync();
   }
 };
 
+using NoCells = SharedCells<0>;
+
 // kGroups warpgroups compute, each the tiles of one diagonal; one more feeds them. A step is a tile of queries and one
 // of keys of each of up to kHeads heads; the groups use the keys one after the other, in as many steps, and kAhead more
-// are on their way. kCells: of BiasCells, where buckets are many.
-template <int kDim_, int kGroups_, int kHeads_, int kCells_, int kQueryStages_, int kAhead>
+// are on their way. Cells_: where buckets are many; or NoCells.
+template <int kDim_, int kGroups_, int kHeads_, class Cells_, int kQueryStages_, int kAhead>
 struct TableShape {
-  static constexpr int kDim = kDim_, kGroups = kGroups_, kHeads = kHeads_, kCells = kCells_;
+  using Cells = Cells_;
+  static constexpr int kDim = kDim_, kGroups = kGroups_, kHeads = kHeads_, kCells = Cells::kCells;
   static constexpr int kThreads = 128 * (kGroups + 1), kPanels = kDim / kPanel;
   static constexpr int kTileBytes = kTableTile * kDim * 2;
   // Tiles go back as soon as their products are done, what else is known of a step is needed longer. A step is written
@@ -113,7 +118,7 @@ struct TableShape {
   static constexpr int kSlotWords = kDim == 64 && (kHeads == 1 || kCells > 0) ? 512 : 256;
   static constexpr int kWarps = 4 * kGroups, kNotes = (kSlotWords + 4) * 4, kBuckets = kNotes + TableNotes::kBytes,
                        kWarpBytes = (kBuckets + BucketSums::kBytes + 15) / 16 * 16;
-  static constexpr int kCellBytes = kCells == 0 ? 0 : CellBuckets<kCells>::kBytes;
+  static constexpr int kCellBytes = kCells == 0 ? 0 : CellBuckets<Cells>::kBytes;
   static constexpr int kSharedBytes = 2 * (kKeyStages + kQueryStages) * kTileBytes + TimeTerm::kSharedBytes +
                                       kWarps * kWarpBytes + kGroups * TableWindow::kBytes +
                                       2 * kSteps * StepTimes::kBytes + kCellBytes + 1024;

@@ -26,6 +26,7 @@ struct TableArguments {
   Schedule schedule;
   Tickets tickets;
   TableGrads tables;
+  void* cells;  // of WideCells
   int heads;    // whose dS are added up before they are summed: more than one only where they share the tables
   float alpha;  // times the argument of SiLU
 };
@@ -76,7 +77,7 @@ struct TableStorage {
   __device__ StepTimes times(unsigned stage) const { return {window(C::kGroups).base + stage * StepTimes::kBytes}; }
   __device__ StepTimes query_times(unsigned step) const { return times(step % C::kSteps); }
   __device__ StepTimes key_times(unsigned step) const { return times(C::kSteps + step % C::kSteps); }
-  __device__ CellBuckets<C::kCells> cell_buckets() const { return {times(2 * C::kSteps).base}; }
+  __device__ CellBuckets<typename C::Cells> cell_buckets() const { return {times(2 * C::kSteps).base}; }
   __device__ TableWindow window(int group) const { return {slots(C::kWarps).base + group * TableWindow::kBytes}; }
 };
 

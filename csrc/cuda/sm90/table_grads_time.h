@@ -81,7 +81,7 @@ class StepCells : StepGaps {
   // Of the lane's elements, from the tile's first cell on, two in a word.
   using Kept = uint32_t[16];
 
-  __device__ __forceinline__ StepCells(uint32_t queries, StepTimes keys, CellBuckets<C::kCells> buckets)
+  __device__ __forceinline__ StepCells(uint32_t queries, StepTimes keys, CellBuckets<typename C::Cells> buckets)
       : StepGaps(queries, keys), buckets_(buckets) {
     const int left = ptx::ld_shared_int(keys.left());
     first_ = cells().cell(minus(minus(ptx::ld_shared_int(queries), left), ptx::ld_shared_int(keys.at(kTableTile - 1))));
@@ -151,9 +151,9 @@ class StepCells : StepGaps {
  private:
   static constexpr int kBatch = 2;  // columns of tensor core tiles whose look-ups are in flight together
 
-  __device__ BiasCells<C::kCells> cells() const { return buckets_.cells(); }
+  __device__ BiasCells<typename C::Cells> cells() const { return buckets_.cells(); }
 
-  CellBuckets<C::kCells> buckets_;
+  CellBuckets<typename C::Cells> buckets_;
   uint32_t first_, last_;  // addresses of the cells of the smallest gap, and behind that of the largest
 };
 

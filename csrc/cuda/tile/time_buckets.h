@@ -232,4 +232,8 @@ struct TimeTerm {
   }
 };
 
+inline bool has_many_boundaries(const RelativeBiasParams& p) {
+  return p.time_weight && p.num_boundaries > TimeTerm::kMostCellBoundaries;
+}
+
 }  // namespace hstu_ops::cuda
