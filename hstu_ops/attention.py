@@ -93,8 +93,9 @@ def hstu_attention(
     backward pass under `torch.use_deterministic_algorithms(True)`.
 
     Memory grows with the number of rows, never with its square. Scratch of the backward: on CUDA 4 bytes an element of
-    q, head dimensions rounded up to 32, 64, 128 or 256; on CPU float32 copies of q, its gradient and the output's for
-    one head of the longest sequence, a thread, and up to 8 of q's gradient in all where there are few sequences.
+    q, head dimensions rounded up to 32, 64, 128 or 256, and up to 70 KB a table of many time buckets (the forward: 35);
+    on CPU float32 copies of q, its gradient and the output's for one head of the longest sequence, a thread, and up to
+    8 of q's gradient in all where there are few sequences.
 
     Errors: TypeError or ValueError naming the argument, what was expected and what came. With `HSTU_OPS_CHECK=1` in the
     environment at import, the content of offsets and lengths is checked on every device (which waits for the device).

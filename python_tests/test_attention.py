@@ -39,6 +39,13 @@ def test_few_queries_against_many_keys(dim, device):
         )
 
 
+@pytest.mark.parametrize("bias", ("none", "position+time"))
+def test_long_sums(bias, dtype, device):
+    """Rounding errors of a sum grow with its length no faster than plain PyTorch's."""
+    if dtype != torch.float64:
+        check(Case("long", (2500,), heads=1, dim_qk=64, dim_v=64, bias=bias), dtype, device)
+
+
 def test_padding_changes_nothing(device):
     """max_seq_len sets the default scale and nothing else."""
     inputs = make(SMALL[5], device=device, grad=False)

@@ -53,18 +53,18 @@ struct Fragment<float, kM, kN> {
   }
 };
 
-// Eight steps of K for fp32, summed up before they are added: a[m][h][k] is this lane's rows of the left operand.
-template <int kM, int kN, class TileB>
-__device__ __forceinline__ void add_short_sums(Accumulator<kM, kN>& acc, const float (&a)[kM][2][8], const TileB& b,
+// Steps of K for fp32, summed up before they are added: a[m][h][k] is this lane's rows of the left operand.
+template <int kM, int kN, int kK, class TileB>
+__device__ __forceinline__ void add_short_sums(Accumulator<kM, kN>& acc, const float (&a)[kM][2][kK], const TileB& b,
                                                int row_b, int col_b) {
-  uint32_t start[8];  // of a lane's columns in each of the rows
+  uint32_t start[kK];  // of a lane's columns in each of the rows
 #pragma unroll
-  for (int k = 0; k < 8; ++k) start[k] = b.at(row_b + k, (col_b + lane_col()) / 4) + lane_col() % 4 * 4;
+  for (int k = 0; k < kK; ++k) start[k] = b.at(row_b + k, (col_b + lane_col()) / 4) + lane_col() % 4 * 4;
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
     float2 sum[kM][2] = {};
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
+    for (int k = 0; k < kK; ++k) {
       const float2 fb =
           ptx::ld_shared_v2((start[k] ^ ((2 * n & TileB::kSwizzled) << 4)) + ((2 * n & ~TileB::kSwizzled) << 4));
 #pragma unroll

@@ -130,14 +130,14 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
     multiply_fragment_tf32(acc, a, b, row_b, col_b);
   } else {
 #pragma unroll
-    for (int k8 = 0; k8 < kK; ++k8) {
-      float fa[kM][2][8];
+    for (int k = 0; k < kK; k += 2) {  // blocks of 8
+      float fa[kM][2][16];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int i = 0; i < 16; ++i)
-          fa[m][i / 8][i % 8] = __shfl_sync(~0u, a.x[m][k8][i / 8 * 2 + i % 2], (lane & ~3) | i % 8 / 2);
-      add_short_sums(acc, fa, b, row_b + k8 * 8, col_b);
+        for (int i = 0; i < 32; ++i)
+          fa[m][i / 16][i % 16] = __shfl_sync(~0u, a.x[m][k + i % 16 / 8][i / 16 * 2 + i % 2], (lane & ~3) | i % 8 / 2);
+      add_short_sums(acc, fa, b, row_b + k * 8, col_b);
     }
   }
 }
@@ -173,18 +173,18 @@ __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const T
     multiply_tiles_tf32<kK>(acc, a, row_a, b, col_b);
   } else {
 #pragma unroll 1
-    for (int k8 = 0; k8 < kK / 8; ++k8) {
-      float fa[kM][2][8];
+    for (int k = 0; k < kK / 16; ++k) {
+      float fa[kM][2][16];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float4 x = ptx::ld_shared_v4(a.at(row_a + m * 16 + i / 2 * 8 + lane_row(), k8 * 2 + i % 2));
-          float* to = &fa[m][i / 2][i % 2 * 4];
+        for (int i = 0; i < 8; ++i) {
+          const float4 x = ptx::ld_shared_v4(a.at(row_a + m * 16 + i / 4 * 8 + lane_row(), k * 4 + i % 4));
+          float* to = &fa[m][i / 4][i % 4 * 4];
           to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
         }
-      add_short_sums(acc, fa, b, k8 * 8, col_b);
-      between(k8);
+      add_short_sums(acc, fa, b, k * 16, col_b);
+      between(k);
     }
   }
 }
