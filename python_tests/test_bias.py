@@ -271,9 +271,9 @@ def test_many_sequences(kind, case, dtype, device):
 @pytest.mark.parametrize("bias", ("position+time", "position+time/sqrt"))
 @pytest.mark.parametrize("dim", (64, 128, 256))
 def test_heads_one_by_one(dim, bias, dtype, device):
-    """Heads give what each gives by itself, at a size that keeps a GPU busy: only there it shows if a kernel reads what
-    is prepared of a bias before it is there."""
-    lengths = (1024,) * 24 if device.startswith("cuda") else (70, 33)
+    """Heads give what each gives by itself, at a size that keeps a GPU busy and lets it take heads together: only there
+    it shows if a kernel reads what is prepared of a bias before it is there."""
+    lengths = (1024,) * 72 if device.startswith("cuda") else (70, 33)
     inputs = make(Case("busy", lengths, heads=4, bias=bias, dim_qk=dim, dim_v=dim), dtype, device, grad=False)
     together = inputs.call(hstu_attention).double()
     heads = [[t[:, h : h + 1] for t in (inputs.q, inputs.k, inputs.v)] for h in range(4)]

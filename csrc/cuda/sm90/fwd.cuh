@@ -462,12 +462,12 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, int proc
 }
 
 // Are there heads that share both tables, and so many items of them that processors are evenly busy? It is worth it
-// where most scores are looked up and, at D 64, where sequences are short; never for positions alone.
+// where most scores are looked up and where sequences are short; never for positions alone.
 template <class C, class T>
 bool may_share_bias(const AttentionProblem& a, int processors) {
   const RelativeBiasParams& r = a.relative;
-  constexpr int64_t kLong = 4096;  // mean keys of a sequence
-  const bool is_short = C::kDim == 64 && a.jagged.total_kv < kLong * a.jagged.batch;
+  constexpr int64_t kLong = C::kDim == 64 ? 4096 : 2048;  // mean keys of a sequence
+  const bool is_short = a.jagged.total_kv < kLong * a.jagged.batch;
   return r.time_weight && (is_short || has_many_buckets<T>(r)) && r.same_for_all_heads() && a.heads % C::kHeads == 0 &&
          most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads) >= 4 * processors;
 }
