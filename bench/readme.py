@@ -188,7 +188,7 @@ def bias() -> str:
     deterministic = (*WAYS, ("deterministic backward", "det"))
     kinds = (
         ("position and 128 time buckets", "relative", (64, 128, 256), deterministic),
-        ("position and 2048 time buckets", "sqrt", (64, 128), WAYS),
+        ("position and 2048 time buckets", "sqrt", (64, 128, 256), WAYS),
         ("dense [1, H, N, N]", "dense", (64, 128), WAYS),
     )
     shapes = {
