@@ -239,11 +239,6 @@ using ManyBucketsBias = RelativeBiasOf<true>;
 template <class Bias>
 constexpr bool kIsRelative = std::is_same_v<Bias, RelativeBias> || std::is_same_v<Bias, ManyBucketsBias>;
 
-template <class T>
-bool has_many_buckets(const RelativeBiasParams& p) {
-  return kIs16Bit<T> && has_many_boundaries(p);
-}
-
 // Before the bias of the next item is made, with a barrier between.
 template <class Bias>
 __device__ __forceinline__ void reset_bias(void* shared) {

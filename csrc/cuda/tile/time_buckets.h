@@ -232,8 +232,13 @@ struct TimeTerm {
   }
 };
 
+// Tables that cells of one boundary each do not hold: some kernels are compiled for them apart.
 inline bool has_many_boundaries(const RelativeBiasParams& p) {
   return p.time_weight && p.num_boundaries > TimeTerm::kMostCellBoundaries;
+}
+template <class T>
+bool has_many_buckets(const RelativeBiasParams& p) {
+  return kIs16Bit<T> && has_many_boundaries(p);
 }
 
 }  // namespace hstu_ops::cuda
