@@ -99,7 +99,8 @@ class RelativeBias:
     - `query_timestamps`: int64 `[total_q]`. Default: the timestamps of the queries' own rows. The published retrieval
       models pass the time of the *next* item.
 
-    Tables of any float type are used, and their gradients summed, in float32 (float64 when q is float64).
+    Tables of any float type are used, and their gradients summed, in float32 (float64 when q is float64). A weight that
+    shuts keys out is -1e9, say; weights below -1e38 alpha may make gradients NaN on GPUs.
     """
 
     position_weight: Tensor | None = None

@@ -1,5 +1,5 @@
-// Shared-memory access by 32-bit address, stores and reductions in global memory, acquiring loads and a releasing
-// store.
+// Shared-memory access by 32-bit address, loads, stores and reductions in global memory, acquiring loads and a
+// releasing store.
 #pragma once
 
 #include <cstdint>
