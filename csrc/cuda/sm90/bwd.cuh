@@ -389,6 +389,7 @@ Status attention_bwd_dense(const AttentionBwdParams& params, void* memory, int p
   return attention_bwd<T, kDim, DenseBias>(params, scratch, processors, stream);
 }
 
+// dK, dV and dQ.
 template <class T, int kDim>
 Status attention_bwd_biased(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
                             cudaStream_t stream) {

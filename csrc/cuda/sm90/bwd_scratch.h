@@ -14,13 +14,18 @@ namespace hstu_ops::cuda::sm90 {
 // only, so that sums of dQ are more than an L2 can add; and sums have no order.
 constexpr bool bwd_sums_queries(int padded_dim, bool deterministic) { return padded_dim <= 128 && !deterministic; }
 
-// Are times looked up in WideCells? At 128 dimensions shared memory has room for square roots of 4 years of minutes:
-// long sequences have more, which would be searched for; short ones are slower with them.
+// Are times looked up in WideCells, for dK, dV and dQ? At 128 dimensions shared memory has room for square roots of 4
+// years of minutes: long sequences have more, which would be searched for; short ones are slower with them.
 inline bool bwd_has_wide_cells(const AttentionBwdParams& p, int padded_dim) {
   constexpr int64_t kLong = 4096;  // mean keys of a sequence
   const JaggedParams& j = p.problem.jagged;
   return has_many_boundaries(p.problem.relative) &&
          (padded_dim == 256 || (padded_dim == 128 && !p.deterministic && j.total_kv >= kLong * j.batch));
+}
+
+// And for the gradient of their table?
+inline bool table_grads_have_wide_cells(const AttentionBwdParams& p, int padded_dim) {
+  return p.grad_time_weight && padded_dim == 256 && has_many_boundaries(p.problem.relative);
 }
 
 struct BwdScratch {
@@ -37,7 +42,7 @@ struct BwdScratch {
     for (void** tickets : {&key_tickets, &query_tickets, &bias_tickets})
       *tickets = scratch.take(sizeof(TicketCounters));
     cells = scratch.take(bwd_has_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
-    table_cells = scratch.take(padded_dim == 256 && p.grad_time_weight ? wide_cell_bytes(a) : 0);
+    table_cells = scratch.take(table_grads_have_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
     sum_bytes = bwd_sums_queries(padded_dim, p.deterministic)
                     ? static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)
                     : 0;

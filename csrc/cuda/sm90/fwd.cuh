@@ -425,13 +425,13 @@ Status launch_kernel(const AttentionFwdParams& params, void* workspace, int proc
   const int parts = C::kHeads > 1 ? 1 : Launch::key_parts(a, device, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads);
   const FwdScratch scratch(a, C::kDim, workspace);
-  const bool shared_out = parts == 1 && items > processors;
+  void* const tickets = parts == 1 && items > processors ? scratch.tickets : nullptr;
   FwdArguments arguments{{},
                          {},
                          {},
                          params,
                          query_schedule(a, C::kHeads),
-                         Tickets(shared_out ? scratch.tickets : nullptr),
+                         Tickets(tickets),
                          scratch.cells,
                          static_cast<float>(a.alpha) * Score<T>::kArgument};
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
@@ -440,7 +440,7 @@ Status launch_kernel(const AttentionFwdParams& params, void* workspace, int proc
   if (Status s = make(arguments.q, a.q, a.jagged.total_q, a.dim_qk, C::kRows); !s.ok()) return s;
   if (Status s = make(arguments.k, a.k, a.jagged.total_kv, a.dim_qk, C::kCols); !s.ok()) return s;
   if (Status s = make(arguments.v, a.v, a.jagged.total_kv, a.dim_v, C::kCols); !s.ok()) return s;
-  Launch launch(static_cast<unsigned>(shared_out ? processors : items * parts), parts, stream);
+  Launch launch(static_cast<unsigned>(tickets ? processors : items * parts), parts, stream);
   HSTU_TRY(cudaLaunchKernelEx(&launch.config, kKernel, arguments));
   return {};
 }
@@ -482,7 +482,7 @@ Status attention_fwd_biased(const AttentionFwdParams& params, void* workspace, i
       return launch_problem<T, Heads>(params, workspace, processors, stream);
   }
   if constexpr (kDim == 256) {
-    if (has_many_buckets<T>(params.problem.relative))
+    if (fwd_has_wide_cells(params.problem, kDim))
       return launch_problem<T, FwdPlan<FwdConfig<kDim>, ManyBucketsBias>>(params, workspace, processors, stream);
   }
   return launch_problem<T, FwdPlan<FwdConfig<kDim>, RelativeBias>>(params, workspace, processors, stream);

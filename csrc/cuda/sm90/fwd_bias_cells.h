@@ -58,13 +58,11 @@ struct GlobalCells {
   __device__ void store(uint32_t at, uint32_t x) const { ptx::st_global(memory + at, x); }
 };
 
-// Of many buckets (ManyBucketsBias) at 256 dimensions, and in the backward at 128 (bwd_scratch.h): enough for 2048
-// square roots.
+// Of many buckets (ManyBucketsBias), where fwd_scratch.h and bwd_scratch.h say so: enough for 2048 square roots.
 using WideCells = GlobalCells<4352>;
 
 inline size_t wide_cell_bytes(const AttentionProblem& a) {
-  const size_t tables = a.relative.time_head_stride ? a.heads : 1;
-  return has_many_boundaries(a.relative) ? tables * WideCells::kGlobalBytes : 0;
+  return static_cast<size_t>(a.relative.time_head_stride ? a.heads : 1) * WideCells::kGlobalBytes;
 }
 
 // Place: SharedCells or GlobalCells.
@@ -76,7 +74,7 @@ class BiasCells {
 
   // base: of kBytes of shared memory.
   __device__ explicit BiasCells(uint32_t base) : base_(base), cells_(Place::placed(base + kPlace)) {}
-  // Before make() or fill(): memory: of GlobalCells; head: whose weights are to be there.
+  // For make() or fill(). memory: of GlobalCells; head: whose weights are to be there.
   __device__ BiasCells(uint32_t base, void* memory, int head)
       : base_(base), cells_(Place::place(base + kPlace, memory, head)) {}
 

@@ -10,6 +10,11 @@
 
 namespace hstu_ops::cuda::sm90 {
 
+// Are times looked up in WideCells?
+inline bool fwd_has_wide_cells(const AttentionProblem& a, int padded_dim) {
+  return padded_dim == 256 && has_many_boundaries(a.relative);
+}
+
 struct FwdScratch {
   void *tickets, *cells;  // see tickets.h and WideCells
   size_t cell_bytes, bytes;
@@ -18,7 +23,7 @@ struct FwdScratch {
   FwdScratch(const AttentionProblem& a, int padded_dim, void* memory) {
     Scratch scratch(memory);
     tickets = scratch.take(sizeof(TicketCounters));
-    cell_bytes = padded_dim == 256 ? wide_cell_bytes(a) : 0;
+    cell_bytes = fwd_has_wide_cells(a, padded_dim) ? wide_cell_bytes(a) : 0;
     cells = scratch.take(cell_bytes);
     bytes = scratch.bytes();
   }

@@ -131,6 +131,7 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
   } else {
 #pragma unroll
     for (int k = 0; k < kK; k += 2) {  // blocks of 8
+      static_assert(kK % 2 == 0);
       float fa[kM][2][16];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
@@ -147,7 +148,7 @@ struct Nothing {
 };
 
 // Rows of the left operand run along K, the right one has K rows: acc[i][j] += sum_k a[row_a + i][k] b[k][col_b + j].
-// After step k of 16 (8) along K comes between(k).
+// After step k of 16 along K comes between(k).
 template <class T, int kK, int kM, int kN, class TileA, class TileB, class Between = Nothing>
 __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
                                                int col_b, Between&& between = {}) {
