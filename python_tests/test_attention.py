@@ -1,9 +1,11 @@
 """hstu_attention against plain PyTorch: forward and gradients, every type, every case (the rule: checks.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BIASES, CORNER, DTYPES, SMALL, Case, make, random_case
-from checks import check
+from checks import check, forward_backward
 
 from hstu_ops import hstu_attention, reference
 
@@ -44,6 +46,26 @@ def test_long_sums(bias, dtype, device):
     """Rounding errors of a sum grow with its length no faster than plain PyTorch's."""
     if dtype != torch.float64:
         check(Case("long", (2500,), heads=1, dim_qk=64, dim_v=64, bias=bias), dtype, device)
+
+
+@pytest.mark.parametrize("many", (False, True), ids=("long", "many"))
+def test_sequences_one_by_one(many, dtype, device):
+    """A batch gives what each of its sequences gives by itself. Kernels may walk a batch in groups of sequences, and of
+    heads where these are long: no block of rows is left out, and none is taken twice."""
+    lengths = [37 * i % 131 for i in range(300)] if many else [4096, 4500, 3900] if "cuda" in device else [300, 70, 260]
+    dim = 64 if many else 256
+    inputs = make(Case("batch", tuple(lengths), heads=2 if many else 4, dim_qk=dim, dim_v=dim), dtype, device)
+    grad_out = torch.randn_like(inputs.v)
+    together = forward_backward(hstu_attention, inputs, grad_out)
+    apart = []
+    for rows, length in zip(grad_out.split(lengths), lengths, strict=True):
+        begin = rows.storage_offset() // grad_out.stride(0)
+        q, k, v = (x.detach()[begin : begin + length].requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        one = replace(inputs, q=q, k=k, v=v, seq_offsets=inputs.seq_offsets.new_tensor((0, length)))
+        apart.append(forward_backward(hstu_attention, one, rows))
+    for name, x in together.items():
+        y = torch.cat([parts[name] for parts in apart]).double()
+        assert (x.double() - y).norm() <= (0.25 * torch.finfo(dtype).eps + 1e-6) * y.norm(), name
 
 
 def test_padding_changes_nothing(device):

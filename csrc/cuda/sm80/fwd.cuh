@@ -227,6 +227,12 @@ template <class C, class Bias>
 Status launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   FwdArguments arguments{params, query_schedule(a), static_cast<float>(a.alpha) * Score<typename C::T>::kArgument};
+  if constexpr (C::kDim >= 128) {  // below, what loads then take from beyond the L2 is more than what is won at the end
+    int device = 0, processors = 0;
+    HSTU_TRY(cudaGetDevice(&device));
+    HSTU_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    widen_last_group(arguments.schedule, C::kRows, processors * C::kBlocks);
+  }
   const auto kernel = attention_fwd_kernel<C, Bias>;
   const int bytes = C::kSharedBytes + Bias::shared_bytes(C::kWarps);
   HSTU_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -344,6 +344,7 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          static_cast<float>(a.scale.value),
                          ScoreFactors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense)};
   if (Status s = make_tensor_maps(arguments, params, C::kQueries, C::kKeys); !s.ok()) return s;
+  widen_last_group(arguments.schedule, C::kKeys, processors);
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
   return launch<attention_bwd_kernel<C, T>, false>(arguments, items < processors ? items : processors, C::kThreads,
                                                    C::kSharedBytes, stream);

@@ -373,6 +373,7 @@ Status attention_bwd_queries(const AttentionBwdParams& params, const BwdScratch&
                                 Tickets(scratch.query_tickets),
                                 scratch.cells,
                                 ScoreFactors(a.alpha, Score<T>::kArgument, !std::is_same_v<Bias, NoBias>)};
+  widen_last_group(arguments.schedule, C::kRows, processors);
   if (Status s = make_tensor_maps(arguments, params, C::kRows, C::kCols); !s.ok()) return s;
   return launch<attention_bwd_queries_kernel<C, T>, true>(arguments, items < processors ? items : processors,
                                                           C::kThreads, C::kSharedBytes, stream);

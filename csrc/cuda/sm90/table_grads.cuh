@@ -459,9 +459,7 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, const 
                            heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
   if (Status s = make_tensor_maps(arguments, params, kTableTile, kTableTile); !s.ok()) return s;
-  // At 128 dimensions without times, loads take longer than waiting at the end.
-  if (heads > 1 && (C::kDim == 64 || a.relative.time_weight))
-    widen_groups(arguments.schedule, a, 2 * kTableTile * heads, processors);
+  widen_last_group(arguments.schedule, C::kGroups * kTableTile, processors, 1.5);
   const int64_t items =
       most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, arguments.schedule.heads);
   const Status status = launch<attention_table_grads_kernel<C, T, kLines>, true>(

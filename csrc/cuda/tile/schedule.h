@@ -1,8 +1,10 @@
 // Who does what. Work items are (block of rows, head) of real sequences only: every warp finds its item from the
 // offsets by itself, without shared memory, host or a second kernel. Items are walked in groups of sequences and heads
-// whose keys fit the L2, longest first inside a group. Any content of the offsets gives a complete walk: a block of
-// threads takes items until there are none.
+// whose keys fit the L2, longest first inside a group; the last group is wider, so that a launch ends with short items.
+// Any content of the offsets gives a complete walk: a block of threads takes items until there are none.
 #pragma once
+
+#include <climits>
 
 #include "core/jagged.h"
 #include "cuda/tile/layout.h"
@@ -25,8 +27,9 @@ struct Schedule {
   IntArray offsets;  // of the rows that are cut into blocks
   int64_t total = 0;
   int batch = 0, heads = 1;
-  int group = 1;       // sequences a group, a power of two up to 128
-  int head_group = 1;  // heads a group, a divisor of `heads`
+  int group = 1;             // sequences a group, a power of two up to 128
+  int head_group = 1;        // heads a group, a divisor of `heads`
+  int last_group = INT_MAX;  // sequences from here on are one group, with all heads
 };
 
 constexpr int kChunk = 128;  // sequences examined at a time, four a lane
@@ -98,7 +101,7 @@ class WorkFinder {
     if (tile >= group_end_) find_group(tile);
     const unsigned size = group_end_ - group_begin_;
     unsigned rank = tile - group_begin_;
-    if (s_.head_group < s_.heads) {  // the items of the sequences in the group, one group of heads after the other
+    if (s_.head_group < s_.heads && !in_last_group(group_)) {  // one group of heads of these sequences after the other
       const unsigned local = rank * heads + item.head, hg = s_.head_group;
       const unsigned before = local / (size * hg), inside = local - before * size * hg;
       rank = inside / hg;
@@ -115,8 +118,9 @@ class WorkFinder {
  private:
   __device__ bool in_group(int k) const {
     const int i = 4 * lane_id() + k;
-    return i >= group_ && i < group_ + s_.group;
+    return i >= group_ && (i < group_ + s_.group || in_last_group(group_));
   }
+  __device__ bool in_last_group(int i) const { return chunk_ + i >= s_.last_group; }
   __device__ __forceinline__ bool next_chunk() {
     chunk_ += kChunk;
     if (chunk_ >= s_.batch) return false;
@@ -141,7 +145,8 @@ class WorkFinder {
       end += count_[k];
       if (at == kChunk && end > tile) at = 4 * lane_id() + k;
     }
-    group_ = __reduce_min_sync(~0u, at) / s_.group * s_.group;
+    group_ = __reduce_min_sync(~0u, at);
+    group_ = in_last_group(group_) ? s_.last_group - chunk_ : group_ / s_.group * s_.group;
     unsigned kept = 0, skipped = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -203,12 +208,14 @@ inline Schedule query_schedule(const AttentionProblem& a, int heads = 1) {
   return s;
 }
 
-// For items of `width` diagonals of a sequence, which are few and long: groups of so many sequences that all processors
-// have work for as long as such an item of one and a half times the mean length takes. Who claims one near the end
-// keeps nobody waiting then.
-inline void widen_groups(Schedule& s, const AttentionProblem& a, int width, int processors) {
-  const double mean = static_cast<double>(a.jagged.total_kv) / max_int(a.jagged.batch, 1);
-  while (s.group < kChunk && s.group * a.heads * mean / 2 < 1.5 * width * processors) s.group *= 2;
+// The last group then has so many items of `rows` rows that `processors` are busy with them for as long as `lengths` of
+// the longest take; all: and so has every other group. Groups of one chunk are whole.
+inline void widen_last_group(Schedule& s, int rows, int processors, double lengths = 0.75, bool all = false) {
+  const double mean = static_cast<double>(s.total) / max_int(s.batch, 1);
+  int wide = s.group;
+  while (wide < kChunk && wide * s.heads * mean / 2 < lengths * rows * processors) wide *= 2;
+  if (all) s.group = wide;
+  s.last_group = max_int((s.batch - wide) / s.group * s.group, (s.batch - 1) / kChunk * kChunk);
 }
 
 constexpr int kMostBlocks = 0x7fffffff;  // of a grid
