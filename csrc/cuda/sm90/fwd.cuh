@@ -463,15 +463,13 @@ Status attention_fwd(const AttentionFwdParams& params, void* workspace, int proc
   return launch_problem<T, FwdPlan<FwdConfig<kDim>, NoBias>>(params, workspace, processors, stream);
 }
 
-// Are there heads that share both tables, and so many items of them that processors are evenly busy? It is worth it
-// where most scores are looked up and where sequences are short; never for positions alone.
-template <class C, class T>
+// Are there heads that share both tables, and items of them for two rounds of the processors? Never for positions
+// alone: what they have in common is then less than what three warpgroups of one head gain.
+template <class C>
 bool may_share_bias(const AttentionProblem& a, int processors) {
   const RelativeBiasParams& r = a.relative;
-  constexpr int64_t kLong = C::kDim == 64 ? 4096 : 2048;  // mean keys of a sequence
-  const bool is_short = a.jagged.total_kv < kLong * a.jagged.batch;
-  return r.time_weight && (is_short || has_many_buckets<T>(r)) && r.same_for_all_heads() && a.heads % C::kHeads == 0 &&
-         most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads) >= 4 * processors;
+  return r.time_weight && r.same_for_all_heads() && a.heads % C::kHeads == 0 &&
+         most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads) >= 2 * processors;
 }
 
 template <class T, int kDim>
@@ -480,7 +478,7 @@ Status attention_fwd_biased(const AttentionFwdParams& params, void* workspace, i
     return launch_problem<T, FwdPlan<FwdConfig<kDim>, DenseBias>>(params, workspace, processors, stream);
   if constexpr (kDim <= 128) {
     using Heads = FwdPlan<FwdHeadsConfig<kDim>, RelativeBias>;
-    if (may_share_bias<Heads, T>(params.problem, processors))
+    if (may_share_bias<Heads>(params.problem, processors))
       return launch_problem<T, Heads>(params, workspace, processors, stream);
   }
   if constexpr (kDim == 256) {
