@@ -9,13 +9,12 @@
 #include <type_traits>
 
 #include "core/macros.h"
+#include "cuda/tile/lane.h"
 
 namespace hstu_ops::cuda {
 
 template <class T>
 constexpr bool kIs16Bit = sizeof(T) == 2;
-
-__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 
 // [rows][kCols] of T. Rows are cut into 16-byte chunks; a chunk's place in its row is XORed with the row, so that eight
 // consecutive rows of one chunk, the access of every product, fall into different banks.
@@ -127,9 +126,6 @@ template <int kN>
 __device__ __forceinline__ int element_col(int at, int lane) {
   return at / 4 % kN * 8 + at % 2 + lane % 4 * 2;
 }
-
-__device__ __forceinline__ int lane_row() { return lane_id() / 4; }
-__device__ __forceinline__ int lane_col() { return lane_id() % 4 * 2; }
 
 __device__ __forceinline__ uint32_t pack(float lo, float hi, __half) {
   const __half2 h = __floats2half2_rn(lo, hi);

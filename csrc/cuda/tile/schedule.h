@@ -7,7 +7,7 @@
 #include <climits>
 
 #include "core/jagged.h"
-#include "cuda/tile/layout.h"
+#include "cuda/tile/lane.h"
 
 namespace hstu_ops::cuda {
 
