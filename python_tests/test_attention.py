@@ -58,11 +58,10 @@ def test_sequences_one_by_one(many, dtype, device):
     grad_out = torch.randn_like(inputs.v)
     together = forward_backward(hstu_attention, inputs, grad_out)
     apart = []
-    for rows, length in zip(grad_out.split(lengths), lengths, strict=True):
-        begin = rows.storage_offset() // grad_out.stride(0)
-        q, k, v = (x.detach()[begin : begin + length].requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-        one = replace(inputs, q=q, k=k, v=v, seq_offsets=inputs.seq_offsets.new_tensor((0, length)))
-        apart.append(forward_backward(hstu_attention, one, rows))
+    for q, k, v, g in zip(*(x.detach().split(lengths) for x in (inputs.q, inputs.k, inputs.v, grad_out)), strict=True):
+        q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+        one = replace(inputs, q=q, k=k, v=v, seq_offsets=inputs.seq_offsets.new_tensor((0, len(q))))
+        apart.append(forward_backward(hstu_attention, one, g))
     for name, x in together.items():
         y = torch.cat([parts[name] for parts in apart]).double()
         assert (x.double() - y).norm() <= (0.25 * torch.finfo(dtype).eps + 1e-6) * y.norm(), name
