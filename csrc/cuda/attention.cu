@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/launch.h"
+#include "cuda/device.h"
 #include "cuda/errors.h"
 #include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/config.h"
@@ -197,10 +198,7 @@ Status dispatch_sm90(const AttentionProblem& a, F&& f) {
 size_t attention_fwd_workspace(const AttentionFwdParams& params) {
   const AttentionProblem& a = params.problem;
   const sm90::FwdScratch scratch(a, padded_dim(a), nullptr);
-  int device = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return scratch.bytes;
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount, 0);
   constexpr int kRows = sm90::FwdConfig<256>::kRows;  // the smallest block of queries
   const bool has_tickets = most_items(a.jagged.total_q, a.jagged.batch, kRows, a.heads) > processors;
   return has_tickets || scratch.cell_bytes > 0 ? scratch.bytes : 0;

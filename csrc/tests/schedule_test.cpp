@@ -79,7 +79,7 @@ TEST(schedule_is_complete) {
         for (int b = 1; b < batch; ++b) offsets[b] = below(some) ? offsets[b - 1] : below(batch) - batch / 4;
       const int heads = 1 + below(2) + 2 * below(2) * (batch < 7);
       Schedule s = make(offsets, heads, 1 << below(8), heads % 2 == 0 && below(2) ? heads / 2 : heads);
-      if (round > 0) widen_last_group(s, kRows, 1 + below(40), 0.75, round == 1);
+      if (round > 0) widen_last_group(s, kRows, 1 + below(40), round == 1);
       round % 2 ? check<true>(s) : check<false>(s);
     }
 }

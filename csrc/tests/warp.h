@@ -4,7 +4,6 @@
 
 #include <ucontext.h>
 
-#include <climits>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -22,7 +21,6 @@ class Warp {
 
   // lane(): what each lane does. All take part in each exchange.
   explicit Warp(const std::function<void()>& lane) : lane_(lane) {
-    running() = this;
     for (int i = 0; i < kLanes; ++i) {
       constexpr size_t kStack = 1 << 16;
       stacks_.push_back(std::make_unique<char[]>(kStack));

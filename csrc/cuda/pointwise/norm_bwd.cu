@@ -4,6 +4,7 @@
 // own columns in registers; a block adds its teams' in order, column_sums_kernel the blocks', so the order of every sum
 // is fixed.
 #include "core/silu.h"
+#include "cuda/device.h"
 #include "cuda/pointwise/sigmoid.h"
 #include "cuda/pointwise/team_launch.h"
 #include "cuda/pointwise/walk.h"

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cuda/device.h"
 #include "cuda/errors.h"
 #include "cuda/pointwise/statistics.h"
 
@@ -31,14 +32,6 @@ inline TeamLayout team_layout(const NormProblem& p) {
 
 inline unsigned group_blocks(const NormProblem& p, const TeamLayout& layout) {
   return static_cast<unsigned>(ceil_div(p.groups, layout.groups));
-}
-
-// Of the current device.
-inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
-  int device = 0, value = 0;
-  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess
-             ? value
-             : otherwise;
 }
 
 // Blocks along the rows: what a device holds at a time, or fewer.

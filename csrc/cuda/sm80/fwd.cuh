@@ -9,6 +9,7 @@
 #pragma once
 
 #include "core/launch.h"
+#include "cuda/device.h"
 #include "cuda/errors.h"
 #include "cuda/sm80/config.h"
 #include "cuda/tile/bias.h"
@@ -228,9 +229,7 @@ Status launch_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   FwdArguments arguments{params, query_schedule(a), static_cast<float>(a.alpha) * Score<typename C::T>::kArgument};
   if constexpr (C::kDim >= 128) {  // below, what loads then take from beyond the L2 is more than what is won at the end
-    int device = 0, processors = 0;
-    HSTU_TRY(cudaGetDevice(&device));
-    HSTU_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
     widen_last_group(arguments.schedule, C::kRows, processors * C::kBlocks);
   }
   const auto kernel = attention_fwd_kernel<C, Bias>;

@@ -435,7 +435,7 @@ Status launch_kernel(const AttentionFwdParams& params, void* workspace, int proc
                          scratch.cells,
                          static_cast<float>(a.alpha) * Score<T>::kArgument};
   // Items of several heads are long, and what they load is little for the time they take.
-  widen_last_group(arguments.schedule, C::kRows, processors, 0.75, C::kHeads > 1);
+  widen_last_group(arguments.schedule, C::kRows, processors, C::kHeads > 1);
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {
     return make_tensor_map(map, a.dtype, view, rows, a.heads, dim, box);
   };

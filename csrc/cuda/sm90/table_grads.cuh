@@ -459,7 +459,7 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, const 
                            heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
   if (Status s = make_tensor_maps(arguments, params, kTableTile, kTableTile); !s.ok()) return s;
-  widen_last_group(arguments.schedule, C::kGroups * kTableTile, processors, 1.5);
+  widen_last_group(arguments.schedule, C::kGroups * kTableTile, processors, false, 1.5);
   const int64_t items =
       most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, arguments.schedule.heads);
   const Status status = launch<attention_table_grads_kernel<C, T, kLines>, true>(

@@ -210,7 +210,7 @@ inline Schedule query_schedule(const AttentionProblem& a, int heads = 1) {
 
 // The last group then has so many items of `rows` rows that `processors` are busy with them for as long as `lengths` of
 // the longest take; all: and so has every other group. No group crosses a chunk.
-inline void widen_last_group(Schedule& s, int rows, int processors, double lengths = 0.75, bool all = false) {
+inline void widen_last_group(Schedule& s, int rows, int processors, bool all = false, double lengths = 0.75) {
   const double mean = static_cast<double>(s.total) / max_int(s.batch, 1);
   int wide = s.group;
   while (wide < kChunk && wide * s.heads * mean / 2 < lengths * rows * processors) wide *= 2;
