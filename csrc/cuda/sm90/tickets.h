@@ -41,18 +41,15 @@ class Tickets {
     await_open();
     return next();
   }
-  // The same in steps, for those who have time for the second after the first.
+  // The same in steps, for those who have something else to do meanwhile. The second: once, before the third.
   __device__ int64_t first() const { return blockIdx.x / ptx::cluster_size(); }
   __device__ void await_open() const {
     if (counters_ && lane_id() == 0) await_tag();
     __syncwarp();
   }
-  __device__ int64_t next() const {
-    if (!counters_) return INT64_MAX;
-    unsigned ticket = 0;
-    if (lane_id() == 0) ticket = atomicAdd(&counters_->next, 1u);
-    return __shfl_sync(~0u, ticket, 0);
-  }
+  __device__ unsigned ask() const { return counters_ && lane_id() == 0 ? atomicAdd(&counters_->next, 1u) : 0; }
+  __device__ int64_t answer(unsigned asked) const { return counters_ ? __shfl_sync(~0u, asked, 0) : INT64_MAX; }
+  __device__ int64_t next() const { return answer(ask()); }
   // Once in each block, by one lane, when it has taken its last.
   __device__ void close() const {
     if (!counters_) return;

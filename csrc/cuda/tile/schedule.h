@@ -101,7 +101,7 @@ class WorkFinder {
     if (tile >= group_end_) find_group(tile);
     const unsigned size = group_end_ - group_begin_;
     unsigned rank = tile - group_begin_;
-    if (s_.head_group < s_.heads && !in_last_group(group_)) {  // one group of heads of these sequences after the other
+    if (s_.head_group < s_.heads && !is_last_) {  // one group of heads of these sequences after the other
       const unsigned local = rank * heads + item.head, hg = s_.head_group;
       const unsigned before = local / (size * hg), inside = local - before * size * hg;
       rank = inside / hg;
@@ -118,9 +118,8 @@ class WorkFinder {
  private:
   __device__ bool in_group(int k) const {
     const int i = 4 * lane_id() + k;
-    return i >= group_ && (i < group_ + s_.group || in_last_group(group_));
+    return i >= group_ && i < stop_;
   }
-  __device__ bool in_last_group(int i) const { return chunk_ + i >= s_.last_group; }
   __device__ __forceinline__ bool next_chunk() {
     chunk_ += kChunk;
     if (chunk_ >= s_.batch) return false;
@@ -146,7 +145,9 @@ class WorkFinder {
       if (at == kChunk && end > tile) at = 4 * lane_id() + k;
     }
     group_ = __reduce_min_sync(~0u, at);
-    group_ = in_last_group(group_) ? s_.last_group - chunk_ : group_ / s_.group * s_.group;
+    is_last_ = chunk_ + group_ >= s_.last_group;
+    group_ = is_last_ ? s_.last_group - chunk_ : group_ & -s_.group;
+    stop_ = is_last_ ? kChunk : group_ + s_.group;
     unsigned kept = 0, skipped = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -160,7 +161,9 @@ class WorkFinder {
 
   const Schedule& s_;
   int count_[4] = {0, 0, 0, 0};               // blocks of this lane's sequences
-  int chunk_ = -kChunk, group_ = 0;           // first sequence examined; first of the group, from there
+  int chunk_ = -kChunk;                       // first sequence examined
+  int group_ = 0, stop_ = 0;                  // first of the group and the one behind it, from there
+  bool is_last_ = false;                      // the group
   unsigned before_ = 0, chunk_end_ = 0;       // blocks before this lane's sequences, and up to the end of the chunk
   unsigned group_begin_ = 0, group_end_ = 0;  // blocks before and up to the end of the group
 };
