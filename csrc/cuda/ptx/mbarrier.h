@@ -61,5 +61,7 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 
 // Makes this thread's writes to shared memory visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of global memory, and the other way round.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 }  // namespace hstu_ops::ptx

@@ -128,6 +128,15 @@ __device__ __forceinline__ int ld_global_int(const void* p) {
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
+// Past the L1: other processors have written it.
+__device__ __forceinline__ float4 ld_global_v4(const float* p) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
 __device__ __forceinline__ void st_global(void* to, uint32_t x) {
   asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
@@ -186,6 +195,12 @@ __device__ __forceinline__ unsigned long long ld_acquire(const unsigned long lon
   unsigned long long x;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
   return x;
+}
+__device__ __forceinline__ void st_release(unsigned* p, unsigned x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+__device__ __forceinline__ void red_release(unsigned* p, unsigned x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 __device__ __forceinline__ void st_release(unsigned long long* p, unsigned long long x) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");

@@ -1,5 +1,5 @@
-// The copy engine: boxes of a tensor into shared memory, completion counted by an Mbarrier; sums of contiguous floats
-// into global memory, completion waited for by the thread that asked.
+// The copy engine: boxes of a tensor into shared memory, completion counted by an Mbarrier; contiguous floats
+// written or added to global memory, completion waited for by the thread that asked.
 #pragma once
 
 #include <cuda.h>
@@ -21,6 +21,11 @@ __device__ __forceinline__ void tma_load_3d(uint32_t shared, const CUtensorMap& 
 __device__ __forceinline__ void bulk_add(float* global, uint32_t shared, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
                "r"(bytes)
+               : "memory");
+}
+// global[i] = shared[i], likewise.
+__device__ __forceinline__ void bulk_store(float* global, uint32_t shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -12,9 +12,9 @@
 //            |         P0, dS0 |   dS0 to memory            |    P1, dS1 |   dS1, dQ0 to memory
 //   add      |                                                              dQ0 to global memory (fp32) ...
 //
-// The first warpgroup finds, loads and adds, one warp or two each; with relative bias one warp adds and another notes
-// what the computing ones will find (bwd_bias_prepare.h). At D 64 three warpgroups compute, and a tile's dQ is
-// the whole of one's work, by turns. Dense bias is read from global memory into the registers of the scores; its
+// The first warpgroup finds, loads and adds (bwd_finish.h), one warp or two each; with relative bias one warp adds and
+// another notes what the computing ones will find (bwd_bias_prepare.h). At D 64 three warpgroups compute, and a tile's
+// dQ is the whole of one's work, by turns. Dense bias is read from global memory into the registers of the scores; its
 // gradient has a kernel of its own (dense_grads.cuh). Barriers: see bwd_storage.h.
 #pragma once
 
@@ -24,7 +24,6 @@
 #include "cuda/sm90/bwd_group.h"
 #include "cuda/sm90/bwd_queries.cuh"
 #include "cuda/sm90/bwd_scratch.h"
-#include "cuda/sm90/bwd_sums.h"
 #include "cuda/sm90/bwd_wide.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
@@ -71,20 +70,13 @@ struct BwdComputer : BwdGroup<C, T> {
   }
 
   // dQ of that tile, complete, to shared memory; its dS is used up.
-  __device__ __forceinline__ void put_query_sums(const Job& job, const QuerySums& dq, Count count) const {
-    const int first = shared.state.tiles[count.before().stage<kBwdTiles>()].tile() * C::kQueries +
-                      (C::kSplitQueries ? group * 64 : 0);
-    const int64_t row = job.sequence.begin_q + first;
+  // last: see SumJob.
+  __device__ __forceinline__ void put_query_sums(const Job& job, const QuerySums& dq, Count count, int last) const {
     const int to = sum_stage(count.before());
     barrier().sum[to].empty[0].wait(sum_round(count.before()) ^ 1);
-    put_sums(shared.sums(to), thread() / 32 * 16, row, dq, arguments.alpha * factor(job));
-    if (thread() == 0) {
-      const int rows = clamp_int(job.sequence.num_q - first, 0, 64);
-      const AttentionProblem& a = arguments.params.problem;
-      shared.state.sums[to] = {
-          arguments.sums + sum_row(a.jagged.total_q, C::kPanels, job.item.head, C::kPanels == 1 ? 0 : group, row),
-          rows * kPanel * 4};
-    }
+    put_sums(shared.sums(to), thread() / 32 * 16, job.sequence.begin_q, dq, arguments.alpha * factor(job));
+    if (thread() == 0)
+      shared.state.sums[to] = {items.count, shared.state.tiles[count.before().stage<kBwdTiles>()], last};
     release(barrier().score.empty[count.before().stage<C::kScoreStages>()]);
   }
 
@@ -112,14 +104,14 @@ struct BwdComputer : BwdGroup<C, T> {
   }
 
   // dQ of the tile before `count`.
-  __device__ __forceinline__ void finish_query_sums(const Job& job, Count count) const {
+  __device__ __forceinline__ void finish_query_sums(const Job& job, Count count, int last) const {
     if constexpr (C::kQuerySums) {
       if (!has_turn(count)) return;
       QuerySums dq;
       multiply_keys(dq, count);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(dq);
-      put_query_sums(job, dq, count);
+      put_query_sums(job, dq, count, last);
     }
   }
 
@@ -172,11 +164,11 @@ struct BwdComputer : BwdGroup<C, T> {
     accumulate(dk, ds, shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base);
     ptx::wgmma_commit();
     if (C::kQuerySums) put_scores(ds);
-    if (C::kTurns && done > 0) finish_query_sums(job, tiles);
+    if (C::kTurns && done > 0) finish_query_sums(job, tiles, tile.last());
     if (kBeside) {
       ptx::wgmma_wait<1>();
       ptx::wgmma_settle(dq);
-      if (done > 0) put_query_sums(job, dq, tiles);
+      if (done > 0) put_query_sums(job, dq, tiles, 0);
     }
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(dv);
@@ -216,14 +208,14 @@ struct BwdComputer : BwdGroup<C, T> {
         compute_tile(job, tile, dk, dv, done);
       } else {
         skip_tile(done);
-        if (done > 0) finish_query_sums(job, tiles);
+        if (done > 0) finish_query_sums(job, tiles, C::kTurns && tile.last());
       }
       release_tile();
       if (tile.last()) break;
     }
     release(barrier().value.empty[items.stage<C::kValueStages>()]);
     hand_over(done + 1);
-    finish_query_sums(job, tiles);
+    finish_query_sums(job, tiles, C::kTurns && done == 0 ? kSumPlaces : 1);
     hand_over_sums(tiles);
   }
 
@@ -242,17 +234,51 @@ struct BwdComputer : BwdGroup<C, T> {
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
       const AttentionBwdParams& params = arguments.params;
       const float f = factor(job);
-      store(job, params.grad_v, params.problem.dim_v, dv, f);
-      store(job, params.grad_k, params.problem.dim_qk, dk, f * arguments.alpha);
+      finish_rows(
+          {items.count - kSumLag}, [&] { store(job, params.grad_v, params.problem.dim_v, dv, f); },
+          [&] { store(job, params.grad_k, params.problem.dim_qk, dk, f * arguments.alpha); });
       sync();  // all have read the job
       release(barrier().job.empty[items.stage<kBwdJobs>()]);
     }
     if (C::kQuerySums) end_sums();
+    if constexpr (C::kFinishes) {
+#pragma unroll 1
+      for (int i = kSumLag; i > 0; --i) finish_rows({items.count - i}, [] {}, [] {});
+    }
   }
   // Where the compiler decides, it needs fewer registers without a bias, and local memory with one.
   __device__ void run() { run_inline(); }
 
-  // Tells the adding lanes that nothing follows.
+  // The rows of dQ that are complete with an item, if there is one of that number; the others' while they are on their
+  // way.
+  template <class First, class Second>
+  __device__ __forceinline__ void finish_rows(Count item, First&& first, Second&& second) const {
+    if constexpr (!C::kFinishes) {
+      first(), second();
+    } else {
+      const SumRows& rows = shared.state.sum_rows[item.stage<kSumItems>()];  // without an item: of no rows
+      const int64_t total = arguments.params.problem.jagged.total_q;
+      FinishedRows<C, T> finished;
+      int row = finished.first_row(group);
+      if (static_cast<int>(item.count) >= 0) barrier().finished[item.stage<kSumItems>()].wait(item.round<kSumItems>());
+      constexpr bool kAhead = !kStarts || C::kPanels == 1;  // else it would spill 8 bytes
+      if (!kAhead) first(), second();
+      finished.load(rows, total, row, 0);
+      if (kAhead) first();
+      if (C::kPanels > 1) finished.load(rows, total, row, C::kPanels - 1);
+      if (kAhead) second();
+#pragma unroll 1
+      for (;;) {
+        finished.store(rows, arguments.params, row);
+        row += C::kKeys;
+        if (row >= rows.end - rows.begin) break;
+#pragma unroll
+        for (int part = 0; part < C::kPanels; ++part) finished.load(rows, total, row, part);
+      }
+    }
+  }
+
+  // Tells the adding warps that nothing follows.
   __device__ __forceinline__ void end_sums() {
 #pragma unroll 1
     for (int i = 0; i < (C::kTurns ? C::kSumStages : 1); ++i, tiles.next()) {
@@ -260,7 +286,7 @@ struct BwdComputer : BwdGroup<C, T> {
       if (C::kTurns && Count{tiles.count - C::kSumStages}.stage<C::kGroups>() != group) continue;
       Gate<1>& gate = barrier().sum[sum_stage(tiles)];
       gate.empty[0].wait(sum_round(tiles) ^ 1);
-      if (thread() == 0) shared.state.sums[sum_stage(tiles)].bytes = -1;
+      if (thread() == 0) shared.state.sums[sum_stage(tiles)] = {items.count, BwdTile(0), -1};
       arrive_warp(gate.full[0]);
     }
   }
@@ -283,6 +309,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
   const BwdStorage<C, T> shared(state, memory);
   if (threadIdx.x == 0) {
     state.barrier.init();
+    for (SumRows& rows : state.sum_rows) rows.sums = arguments.sums, rows.begin = rows.end = 0;
     if (blockIdx.x == 0) arguments.tickets.open();
     ptx::launch_dependents();  // what follows needs nothing of this kernel before its own end
   }
@@ -302,11 +329,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
     } else if constexpr (C::kBias) {
       if (warp == 3) {
         BwdNoter<C, T>(arguments, shared).run();
-      } else if (C::kQuerySums && lane_id() == 0) {
-        add_sums<C::kSumStages>(shared, 0);
+      } else if constexpr (C::kQuerySums) {
+        SumAdder<C::kSumStages, C, T>{arguments, shared, 0}.run();
       }
-    } else if (C::kQuerySums && lane_id() == 0) {
-      add_sums<1>(shared, warp - 2);
+    } else if constexpr (C::kQuerySums) {
+      SumAdder<1, C, T>{arguments, shared, warp - 2}.run();
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
@@ -340,11 +367,13 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          Tickets(scratch.key_tickets),
                          scratch.cells,
                          scratch.sums,
+                         scratch.progress,
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
                          static_cast<float>(a.scale.value),
                          ScoreFactors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense)};
   if (Status s = make_tensor_maps(arguments, params, C::kQueries, C::kKeys); !s.ok()) return s;
   widen_last_group(arguments.schedule, C::kKeys, processors);
+  if (C::kFinishes && a.jagged.offsets_q) arguments.schedule.least = 1;  // queries without keys: dQ is written, too
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
   return launch<attention_bwd_kernel<C, T>, false>(arguments, items < processors ? items : processors, C::kThreads,
                                                    C::kSharedBytes, stream);
@@ -354,17 +383,29 @@ template <class C, class T>
 Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
                           cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
-  HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
-  if (Status s = attention_bwd_keys<C, T>(params, scratch, processors, stream); !s.ok()) return s;
-  return convert_sums<T>({params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels}, processors,
-                         stream);
+  if constexpr (C::kFinishes) {
+    HSTU_TRY(cudaMemsetAsync(scratch.progress.written, 0, scratch.progress.bytes, stream));
+    return attention_bwd_keys<C, T>(params, scratch, processors, stream);
+  } else {
+    HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
+    if (Status s = attention_bwd_keys<C, T>(params, scratch, processors, stream); !s.ok()) return s;
+    return convert_sums<T>({params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels}, processors,
+                           stream);
+  }
 }
 
 template <class T, int kDim, class Bias>
 Status attention_bwd(const AttentionBwdParams& params, const BwdScratch& scratch, int processors, cudaStream_t stream) {
   if constexpr (bwd_sums_queries(kDim, false)) {
+    using Sums = BwdConfigOf<kDim, true, Bias>;
+    if constexpr (kDim == 128 && std::is_same_v<Bias, NoBias>) {
+      constexpr int64_t kLong = 4096;  // mean queries of a sequence
+      const JaggedParams& j = params.problem.jagged;
+      if (!params.deterministic && j.total_q > kLong * j.batch)
+        return attention_bwd_sums<BwdClearedShape<Sums>, T>(params, scratch, processors, stream);
+    }
     if (bwd_sums_queries(kDim, params.deterministic))
-      return attention_bwd_sums<BwdConfigOf<kDim, true, Bias>, T>(params, scratch, processors, stream);
+      return attention_bwd_sums<Sums, T>(params, scratch, processors, stream);
   }
   using Keys = BwdConfigOf<kDim, false, Bias>;
   if (Status s = attention_bwd_keys<Keys, T>(params, scratch, processors, stream); !s.ok()) return s;

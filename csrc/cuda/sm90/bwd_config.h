@@ -35,6 +35,8 @@ struct BwdShape {
   static constexpr int kSharedBytes = (kKeyStages + kValueStages) * kKeyBytes +
                                       (kQueryStages + kGradStages) * kQueryBytes + kScoreStages * kScoreBytes +
                                       kSlopeStages * kSlopeBytes + kSumStages * kSumBytes + 1024;
+  static constexpr bool kFinishes = kQuerySums;       // no other kernel clears and converts the sums: see bwd_finish.h
+  static constexpr bool kFromLast = true;             // queries: see bwd_finish.h
   static constexpr int kClaimTiles = kTurns ? 2 : 1;  // left of an item when the next one is claimed
   // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
   // Of a relative bias: see BwdBiasShape. Dense bias: see BwdDenseShape.
@@ -64,6 +66,8 @@ struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
 template <class Shape, class Cells, int kNotedTiles, int kLoads, int kCompute>
 struct BwdBiasShape : Shape {
   static constexpr bool kBias = true;
+  static constexpr bool kFinishes = false;  // one warp adds: it would hold up the others (5 to 9 % of a call)
+  static constexpr bool kFromLast = false;
   using Relative = BiasShape<Shape::kKeys, true, Cells, kNotedTiles>;
   using Notes = NoteQueue<Relative, 1, 2 * kNotedTiles>;
   static constexpr int kBiasStages = 4, kBiasStageBytes = BiasStage<Relative>::kBytes;
@@ -96,6 +100,12 @@ struct BwdBiasConfig<128, true, ManyBucketsBias>
     : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, WideCells, 4, 40, 232> {};
 template <>
 struct BwdBiasConfig<256, false, ManyBucketsBias> : BwdBiasShape<BwdConfig<256, false>, WideCells, 4, 40, 232> {};
+
+// With sums that are cleared before and converted after, which is better where sequences are long.
+template <class Shape>
+struct BwdClearedShape : Shape {
+  static constexpr bool kFinishes = false;
+};
 
 // With dense bias, which is read where it is used.
 template <class Shape>

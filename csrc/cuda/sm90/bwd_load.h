@@ -3,6 +3,7 @@
 
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_bias_prepare.h"
+#include "cuda/sm90/bwd_finish.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -12,13 +13,13 @@ namespace hstu_ops::cuda::sm90 {
 template <class C, class T>
 __device__ __forceinline__ void find_tiles(const BwdStorage<C, T>& shared, const Job& job, Count& parts) {
   Gate<kBwdParts>& gate = shared.state.barrier.part;
-  bool last = false;
+  int first = C::kFromLast ? (job.sequence.num_q - 1) / C::kQueries / 32 * 32 : 0;
 #pragma unroll 1
-  for (int first = 0; !last; first += 32, parts.next()) {
+  for (bool last = false; !last; first += C::kFromLast ? -32 : 32, parts.next()) {
     gate.empty[parts.stage<kBwdParts>()].wait(parts.round<kBwdParts>() ^ 1);
     TilePart& part = shared.state.parts[parts.stage<kBwdParts>()];
-    part.tiles[lane_id()] = classify_queries<C>(job, first + lane_id());
-    last = (first + 32) * C::kQueries >= job.sequence.num_q;
+    part.tiles[lane_id()] = classify_queries<C>(job, first + (C::kFromLast ? 31 - lane_id() : lane_id()));
+    last = C::kFromLast ? first == 0 : (first + 32) * C::kQueries >= job.sequence.num_q;
     if (lane_id() == 0) part.last = last;
     __syncwarp();
     if (lane_id() == 0) gate.full[parts.stage<kBwdParts>()].arrive();
@@ -34,18 +35,22 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
   for (Count found;; found.next()) {
     state.barrier.job.empty[found.stage<kBwdJobs>()].wait(found.round<kBwdJobs>() ^ 1);
     if (found.count > 0) state.barrier.wanted.wait(found.before().round<1>());
+    const Tickets& tickets = arguments.tickets;
     const WorkItem item =
-        find_work_inline<C::kKeys, true>(arguments.schedule, arguments.tickets.take(found.count == 0));
+        find_work_inline<C::kKeys, true>(arguments.schedule, found.count == 0 ? tickets.first() : tickets.next());
     BwdJob& job = state.jobs[found.stage<kBwdJobs>()];
     const bool more = item.block >= 0;
     if (lane_id() == 0) {
       job.more = more;
       if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
+      if constexpr (C::kQuerySums)
+        if (more) set_sum_rows<C>(arguments, job.job, state.sum_rows[found.stage<kSumItems>()]);
     }
     __syncwarp();
     if (lane_id() == 0) state.barrier.job.full[found.stage<kBwdJobs>()].arrive();
     if (!more) break;
     find_tiles(shared, job.job, parts);
+    if (found.count == 0) tickets.await_open();
   }
   if (lane_id() == 0) arguments.tickets.close();
 }

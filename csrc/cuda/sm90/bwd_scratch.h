@@ -28,12 +28,33 @@ inline bool table_grads_have_wide_cells(const AttentionBwdParams& p, int padded_
   return p.grad_time_weight && padded_dim == 256 && has_many_boundaries(p.problem.relative);
 }
 
+// How far the sums of dQ are (bwd_sums.h): zeros before the kernel. Places of sequence b begin at its first row's tile
+// or block, plus b.
+struct SumProgress {
+  unsigned* written = nullptr;  // [heads][tiles][parts]
+  unsigned* added = nullptr;    // [heads][blocks]
+  int64_t tiles = 0, blocks = 0;
+  size_t bytes = 0;
+
+  static SumProgress plan(const AttentionProblem& a, int parts, Scratch& scratch) {
+    constexpr int kTile = 64, kLeastKeys = 128;  // queries of a tile, keys of a block
+    SumProgress p;
+    p.tiles = a.jagged.total_q / kTile + a.jagged.batch;
+    p.blocks = a.jagged.total_kv / kLeastKeys + a.jagged.batch;
+    p.bytes = (p.tiles * parts + p.blocks) * a.heads * sizeof(unsigned);
+    p.written = static_cast<unsigned*>(scratch.take(p.bytes));
+    p.added = p.written ? p.written + p.tiles * parts * a.heads : nullptr;
+    return p;
+  }
+};
+
 struct BwdScratch {
   void *key_tickets = nullptr, *query_tickets = nullptr, *bias_tickets = nullptr;  // see tickets.h
   void *cells, *table_cells;                                                       // see WideCells
   float* sums = nullptr;  // [heads][padded dim / 64][total_q][64] of dQ, or none: see bwd_sums.h
+  SumProgress progress;
   TableGrads tables;
-  size_t sum_bytes, bytes;
+  size_t sum_bytes = 0, bytes;
 
   // `memory` may be null when only the size matters.
   BwdScratch(const AttentionBwdParams& p, int padded_dim, void* memory) {
@@ -43,10 +64,12 @@ struct BwdScratch {
       *tickets = scratch.take(sizeof(TicketCounters));
     cells = scratch.take(bwd_has_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
     table_cells = scratch.take(table_grads_have_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
-    sum_bytes = bwd_sums_queries(padded_dim, p.deterministic)
-                    ? static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float)
-                    : 0;
-    sums = static_cast<float*>(scratch.take(sum_bytes));
+    if (bwd_sums_queries(padded_dim, p.deterministic)) {
+      constexpr int kPart = 64;
+      sum_bytes = static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float);
+      sums = static_cast<float*>(scratch.take(sum_bytes + kPart * sizeof(float)));  // a row more: FinishedRows::load
+      progress = SumProgress::plan(a, padded_dim / kPart, scratch);
+    }
     tables = TableGrads::plan(p, scratch);
     bytes = scratch.bytes();
   }

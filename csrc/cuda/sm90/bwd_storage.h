@@ -11,13 +11,15 @@
 //   notes_full  the noting warp                notes_empty  the loading warp
 //   bias_full   each loading lane's copies, and the loading warp
 //                                              bias_empty   each computing warpgroup that has S
-//   sum_full    each warp of the warpgroup     sum_empty    the lane that adds to global memory
+//   sum_full    each warp of the warpgroup     sum_empty    the warp that adds to global memory
+//   finished    the first adding warp, when all of an item's rows of dQ are complete
 #pragma once
 
 #include "core/params.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_config.h"
 #include "cuda/sm90/bwd_items.h"
+#include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/gate.h"
 #include "cuda/sm90/origin.h"
 #include "cuda/sm90/ring.h"
@@ -31,14 +33,19 @@ struct BwdArguments {
   CUtensorMap q, k, v, grad_out;
   AttentionBwdParams params;
   Schedule schedule;
-  Tickets tickets;     // of items: whoever is done first takes the next, since items differ in length
-  void* cells;         // of WideCells
-  float* sums;         // of dQ: see bwd_sums.h
+  Tickets tickets;  // of items: whoever is done first takes the next, since items differ in length
+  void* cells;      // of WideCells
+  float* sums;      // of dQ: see bwd_sums.h
+  SumProgress progress;
   float alpha, scale;  // alpha: as much of it as dQ and dK take
   ScoreFactors factors;
 };
 
 constexpr int kBwdJobs = 2;  // an item and the next
+
+// Rows of dQ that are complete with an item are converted behind the next but one. Known are those two, the one in work
+// and the next.
+constexpr int kSumLag = 2, kSumItems = kSumLag + 2;
 
 constexpr int kBwdParts = 2;  // 32 tiles each, found ahead
 
@@ -59,6 +66,7 @@ struct BwdBarriers {
   Gate<C::Notes::kTiles> notes;
   Gate<C::kBiasStages> bias;
   Gate<1> sum[C::kSumStages];
+  ptx::Mbarrier finished[kSumItems];
 
   __device__ void init() {
     job.init(1, C::kGroups + 1 + C::kBias), part.init(1, 1 + C::kBias), wanted.init(1);
@@ -67,14 +75,27 @@ struct BwdBarriers {
     score.init(C::kSplitKeys ? 4 * C::kGroups : 4, C::kTurns ? 1 : C::kGroups);
     slope.init(4, 4), notes.init(1, 1), bias.init(32 + 1, C::kSplitKeys ? C::kGroups : 1);
     for (Gate<1>& s : sum) s.init(4, 1);
+    for (ptx::Mbarrier& b : finished) b.init(1);
     ptx::fence_mbarrier_init();
   }
 };
 
 // A part of dQ that waits in shared memory to be added.
 struct SumJob {
-  float* to;
-  int bytes;  // negative: the block is done
+  unsigned item;  // its number
+  BwdTile tile;
+  int last;  // for how many places of the block this is the item's last part; negative: the block is done
+};
+
+// Where an item's sums of dQ go, and the rows that are complete with it.
+struct SumRows {
+  float* sums;        // of the sequence
+  unsigned* written;  // of a tile's part: whether it is there, so that others may be added
+  unsigned* added;    // places of this item that are through; those of the blocks before it are in front
+  int block;          // of keys
+  int num_q;
+  int begin, end, head;  // rows of the sequence
+  int64_t row;           // number `begin` in grad_q
 };
 
 // Of the noting warp.
@@ -94,6 +115,7 @@ struct BwdState {
   TilePart parts[kBwdParts];
   BwdTile tiles[kBwdTiles];
   SumJob sums[C::kSumStages];
+  SumRows sum_rows[C::kQuerySums ? kSumItems : 1];
 };
 
 template <class C, class T>

@@ -14,6 +14,25 @@ __device__ __forceinline__ void swap_halves(uint32_t& low, uint32_t& high, int b
   (set ? low : high) = take;
 }
 
+// Lane l of each four has x[i] of chunk i, its number l there; then all four of chunk l.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+  swap_halves(x[0], x[2], 2);
+  swap_halves(x[1], x[3], 2);
+  swap_halves(x[0], x[1], 1);
+  swap_halves(x[2], x[3], 1);
+}
+
+// Columns [col, col + 8) that exist, of which there is at least one.
+template <class T>
+__device__ __forceinline__ void store_chunk(const GlobalRows<T>& to, int row, int col, const uint4& chunk) {
+  T* target = to.data + row * to.row_stride + col;
+  if (to.aligned && col + 8 <= to.dim) {
+    ptx::st_global(target, chunk);
+  } else {
+    scatter_chunk(target, chunk, to.dim - col);
+  }
+}
+
 // A warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from `row` on that exist.
 template <class T, int kDim>
 __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
@@ -30,10 +49,7 @@ __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int
         const float* pair = sums + (block * 4 + i) * 4 + 2 * h;
         x[i] = pack(pair[0] * factors[h], pair[1] * factors[h], T{});
       }
-      swap_halves(x[0], x[2], 2);
-      swap_halves(x[1], x[3], 2);
-      swap_halves(x[0], x[1], 1);
-      swap_halves(x[2], x[3], 1);
+      transpose_quad(x);
       const int col = block * 32;
       if (!exists(at, rows) || col >= left) continue;
       T* target = to.data + at * to.row_stride + first + col;

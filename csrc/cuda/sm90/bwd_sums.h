@@ -1,5 +1,5 @@
-// dQ on its way: from accumulators to shared memory, from there added to fp32 sums in global memory by the copy engine,
-// and in the end to the type and strides of grad_q.
+// dQ on its way: from accumulators to shared memory, from there added to fp32 sums in global memory by the copy engine
+// (bwd_finish.h), and in the end to the type and strides of grad_q, by the kernel that sums or by one of its own.
 //
 // The sums are [heads][dim / 64][total_q][64]: 64 rows of 64 columns lie together. A row's sixteen chunks of four are
 // ordered for the accumulators' sake: a lane's four values of 16 columns are one chunk, and odd rows have their chunks
@@ -8,10 +8,8 @@
 
 #include "core/launch.h"
 #include "cuda/ptx/dependent.h"
-#include "cuda/ptx/tma.h"
-#include "cuda/sm90/bwd_storage.h"
+#include "cuda/sm90/config.h"
 #include "cuda/sm90/launch.h"
-#include "cuda/sm90/ring.h"
 #include "cuda/tile/load.h"
 
 namespace hstu_ops::cuda::sm90 {
@@ -41,26 +39,7 @@ __device__ __forceinline__ void put_sums(uint32_t shared, int warp_row, int64_t 
   }
 }
 
-// The lane that adds what waits in kPlaces places from `first` on, which are used in turn.
-template <int kPlaces, class C, class T>
-__device__ void add_sums(const BwdStorage<C, T>& shared, int first) {
-  for (Ring<kPlaces> ring;; ring.next()) {
-    const int place = first + ring.stage;
-    Gate<1>& gate = shared.state.barrier.sum[place];
-    gate.full[0].wait(ring.round);
-    const SumJob job = shared.state.sums[place];
-    if (job.bytes < 0) break;
-    if (job.bytes > 0) {
-      ptx::bulk_add(job.to, shared.sums(place), job.bytes);
-      ptx::bulk_commit();
-      ptx::bulk_wait_read<0>();
-    }
-    gate.empty[0].arrive();
-  }
-  ptx::bulk_wait<0>();
-}
-
-// ---- the conversion ----
+// ---- the conversion of all ----
 
 struct SumsArguments {
   View to;
