@@ -48,13 +48,22 @@ def test_long_sums(bias, dtype, device):
         check(Case("long", (2500,), heads=1, dim_qk=64, dim_v=64, bias=bias), dtype, device)
 
 
-@pytest.mark.parametrize("many", (False, True), ids=("long", "many"))
-def test_sequences_one_by_one(many, dtype, device):
+_ONE_BY_ONE = {  # lengths and dimension
+    "many": ([37 * i % 131 for i in range(300)], 64),
+    "long-64": ([6600, 300, 4500, 70], 64),
+    "long-128": ([6600, 300, 4500, 70], 128),
+    "long-256": ([4096, 4500, 3900], 256),
+}
+
+
+@pytest.mark.parametrize("name", _ONE_BY_ONE)
+def test_sequences_one_by_one(name, dtype, device):
     """A batch gives what each of its sequences gives by itself. Kernels may walk a batch in groups of sequences, and of
     heads where these are long: no block of rows is left out, and none is taken twice."""
-    lengths = [37 * i % 131 for i in range(300)] if many else [4096, 4500, 3900] if "cuda" in device else [300, 70, 260]
-    dim = 64 if many else 256
-    inputs = make(Case("batch", tuple(lengths), heads=2 if many else 4, dim_qk=dim, dim_v=dim), dtype, device)
+    lengths, dim = _ONE_BY_ONE[name]
+    if name != "many" and "cuda" not in device:
+        lengths = [300, 70, 260]
+    inputs = make(Case("batch", tuple(lengths), heads=4 - 2 * (name == "many"), dim_qk=dim, dim_v=dim), dtype, device)
     grad_out = torch.randn_like(inputs.v)
     together = forward_backward(hstu_attention, inputs, grad_out)
     apart = []
@@ -65,6 +74,31 @@ def test_sequences_one_by_one(many, dtype, device):
     for name, x in together.items():
         y = torch.cat([parts[name] for parts in apart]).double()
         assert (x.double() - y).norm() <= (0.25 * torch.finfo(dtype).eps + 1e-6) * y.norm(), name
+
+
+@pytest.mark.parametrize("dim", (64, 128, 256))
+def test_all_rows_are_written(dim, device):
+    """Whatever memory held, and whatever is in the offsets; calls end even where these make no sense."""
+    if device == "cpu":
+        pytest.skip("nonsense raises on CPU")
+    total, heads = 4000, 4
+    inputs = make(Case("", (total,), heads=heads, dim_qk=dim, dim_v=dim), DTYPES[3], device)
+    for sense, offsets, offsets_q, window in (
+        (True, (0, 1500, 1500, total), None, 0),
+        (True, (0, 1500, 1500, total), None, 100),
+        (True, (0, 0, 1000, total), (0, 500, 1000, total), 0),  # queries without keys
+        (False, (0, 3000, 1000, total), None, 0),
+        (False, (0, -9, total + 9, 7), None, 100),
+        (False, (0, 10, 20, total), (0, 3000, 500, total), 0),
+    ):
+        offsets, offsets_q = (x and torch.tensor(x, device=device) for x in (offsets, offsets_q))
+        poison = torch.full((16 * total * heads * dim,), float("nan"), device=device)
+        del poison  # torch hands this memory out next
+        out = hstu_attention(inputs.q, inputs.k, inputs.v, offsets, total, seq_offsets_q=offsets_q, max_attn_len=window)
+        grads = torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), torch.ones_like(out))
+        torch.cuda.synchronize()
+        if sense:
+            assert all(x.isfinite().all() for x in (out, *grads)), (offsets, window)
 
 
 def test_padding_changes_nothing(device):
