@@ -37,6 +37,9 @@ struct MaskOptions {
   int max_attn_len = 0;           // 0: no window
   int min_full_attn_seq_len = 0;  // 0: the window holds for every row
   int global_prefix_len = 0;      // leading columns that stay visible outside the window
+
+  // May a row keep leading columns, but none right behind them?
+  bool leaves_gaps() const { return max_attn_len > 0 && global_prefix_len > 0; }
 };
 
 struct Mask {  // of one sequence; rows and columns run over [0, len)

@@ -78,6 +78,9 @@ struct AttentionProblem {
   RelativeBiasParams relative;
   DenseBiasParams dense;
   bool allow_tf32 = false;
+
+  // May a row of some sequence keep columns behind its own?
+  bool looks_ahead() const { return !mask.causal || jagged.contextual_seq_len > 0 || jagged.contextual_seq_lens; }
 };
 
 struct AttentionFwdParams {

@@ -37,9 +37,7 @@ template <bool kAscending>
 void check(const Schedule& schedule) {
   std::vector<int> first(schedule.batch + 1);
   for (int b = 0; b < schedule.batch; ++b)
-    first[b + 1] =
-        first[b] +
-        max_int(ceil_div(row_range(schedule.offsets, b, schedule.batch, schedule.total).size, kRows), schedule.least);
+    first[b + 1] = first[b] + ceil_div(row_range(schedule.offsets, b, schedule.batch, schedule.total).size, kRows);
   std::vector<int> visits(static_cast<size_t>(first[schedule.batch]) * schedule.heads);
   int level = -1;  // of the item before, if it was of the last group
   for (const WorkItem& item : walk<kAscending>(schedule)) {
@@ -81,7 +79,6 @@ TEST(schedule_is_complete) {
         for (int b = 1; b < batch; ++b) offsets[b] = below(some) ? offsets[b - 1] : below(batch) - batch / 4;
       const int heads = 1 + below(2) + 2 * below(2) * (batch < 7);
       Schedule s = make(offsets, heads, 1 << below(8), heads % 2 == 0 && below(2) ? heads / 2 : heads);
-      s.least = below(2);
       if (round > 0) widen_last_group(s, kRows, 1 + below(40), round == 1);
       round % 2 ? check<true>(s) : check<false>(s);
     }

@@ -373,7 +373,6 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          ScoreFactors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense)};
   if (Status s = make_tensor_maps(arguments, params, C::kQueries, C::kKeys); !s.ok()) return s;
   widen_last_group(arguments.schedule, C::kKeys, processors);
-  if (C::kFinishes && a.jagged.offsets_q) arguments.schedule.least = 1;  // queries without keys: dQ is written, too
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
   return launch<attention_bwd_kernel<C, T>, false>(arguments, items < processors ? items : processors, C::kThreads,
                                                    C::kSharedBytes, stream);
@@ -384,6 +383,7 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
                           cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   if constexpr (C::kFinishes) {
+    if (clears_all_sums()) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
     HSTU_TRY(cudaMemsetAsync(scratch.progress.written, 0, scratch.progress.bytes, stream));
     return attention_bwd_keys<C, T>(params, scratch, processors, stream);
   } else {
@@ -398,14 +398,11 @@ template <class T, int kDim, class Bias>
 Status attention_bwd(const AttentionBwdParams& params, const BwdScratch& scratch, int processors, cudaStream_t stream) {
   if constexpr (bwd_sums_queries(kDim, false)) {
     using Sums = BwdConfigOf<kDim, true, Bias>;
-    if constexpr (kDim == 128 && std::is_same_v<Bias, NoBias>) {
-      constexpr int64_t kLong = 4096;  // mean queries of a sequence
-      const JaggedParams& j = params.problem.jagged;
-      if (!params.deterministic && j.total_q > kLong * j.batch)
+    if (bwd_sums_queries(kDim, params.deterministic)) {
+      if (Sums::kFinishes && !bwd_finishes_sums(params.problem, kDim))
         return attention_bwd_sums<BwdClearedShape<Sums>, T>(params, scratch, processors, stream);
-    }
-    if (bwd_sums_queries(kDim, params.deterministic))
       return attention_bwd_sums<Sums, T>(params, scratch, processors, stream);
+    }
   }
   using Keys = BwdConfigOf<kDim, false, Bias>;
   if (Status s = attention_bwd_keys<Keys, T>(params, scratch, processors, stream); !s.ok()) return s;

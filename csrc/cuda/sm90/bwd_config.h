@@ -101,12 +101,6 @@ struct BwdBiasConfig<128, true, ManyBucketsBias>
 template <>
 struct BwdBiasConfig<256, false, ManyBucketsBias> : BwdBiasShape<BwdConfig<256, false>, WideCells, 4, 40, 232> {};
 
-// With sums that are cleared before and converted after, which is better where sequences are long.
-template <class Shape>
-struct BwdClearedShape : Shape {
-  static constexpr bool kFinishes = false;
-};
-
 // With dense bias, which is read where it is used.
 template <class Shape>
 struct BwdDenseShape : Shape {
@@ -116,5 +110,13 @@ template <int kDim, bool kQuerySums, class Bias>
 using BwdConfigOf = std::conditional_t<
     std::is_same_v<Bias, DenseBias>, BwdDenseShape<BwdConfig<kDim, kQuerySums>>,
     std::conditional_t<kIsRelative<Bias>, BwdBiasConfig<kDim, kQuerySums, Bias>, BwdConfig<kDim, kQuerySums>>>;
+
+// With sums that are cleared before and converted after; of a shape that never finishes them, that shape.
+template <class Shape>
+struct ClearedShape : Shape {
+  static constexpr bool kFinishes = false, kFromLast = false;
+};
+template <class Shape>
+using BwdClearedShape = std::conditional_t<Shape::kFinishes, ClearedShape<Shape>, Shape>;
 
 }  // namespace hstu_ops::cuda::sm90

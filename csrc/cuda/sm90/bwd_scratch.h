@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 
 #include "core/params.h"
 #include "cuda/sm90/fwd_bias_cells.h"
@@ -13,6 +14,22 @@ namespace hstu_ops::cuda::sm90 {
 // Is dQ added up in global memory, or found by a kernel of its own? Beyond 128 dimensions a block has room for 64 keys
 // only, so that sums of dQ are more than an L2 can add; and sums have no order.
 constexpr bool bwd_sums_queries(int padded_dim, bool deterministic) { return padded_dim <= 128 && !deterministic; }
+
+// Are those sums finished by the kernel that adds them (bwd_finish.h)? Right for every mask with a key for each query,
+// but slower where a sequence's first block keeps tiles that others reach long before it (windows with a prefix), where
+// its last block alone completes rows that look ahead, and where sequences are long at 128 dimensions.
+inline bool bwd_finishes_sums(const AttentionProblem& a, int padded_dim) {
+  constexpr int64_t kLong = 4096;  // mean queries of a sequence
+  const JaggedParams& j = a.jagged;
+  return !j.offsets_q && !a.looks_ahead() && !a.mask.leaves_gaps() &&
+         (padded_dim < 128 || j.total_q <= kLong * j.batch);
+}
+
+// Are they cleared all the same? For compute-sanitizer's initcheck, which does not see what the copy engine writes.
+inline bool clears_all_sums() {
+  static const bool clears = std::getenv("HSTU_OPS_CLEAR_SUMS") != nullptr;
+  return clears;
+}
 
 // Are times looked up in WideCells, for dK, dV and dQ? At 128 dimensions shared memory has room for square roots of 4
 // years of minutes: long sequences have more, which would be searched for; short ones are slower with them.
@@ -66,8 +83,9 @@ struct BwdScratch {
     table_cells = scratch.take(table_grads_have_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
     if (bwd_sums_queries(padded_dim, p.deterministic)) {
       constexpr int kPart = 64;
-      sum_bytes = static_cast<size_t>(a.jagged.total_q) * a.heads * padded_dim * sizeof(float);
-      sums = static_cast<float*>(scratch.take(sum_bytes + kPart * sizeof(float)));  // a row more: FinishedRows::load
+      const size_t rows = static_cast<size_t>(a.jagged.total_q) * a.heads;
+      sum_bytes = (rows * padded_dim + kPart) * sizeof(float);  // a part of a row more: FinishedRows::load
+      sums = static_cast<float*>(scratch.take(sum_bytes));
       progress = SumProgress::plan(a, padded_dim / kPart, scratch);
     }
     tables = TableGrads::plan(p, scratch);

@@ -425,6 +425,7 @@ Status launch_kernel(const AttentionFwdParams& params, void* workspace, int proc
   const int parts = C::kHeads > 1 ? 1 : Launch::key_parts(a, device, processors);
   const int64_t items = most_items(a.jagged.total_q, a.jagged.batch, C::kRows, a.heads / C::kHeads);
   const FwdScratch scratch(a, C::kDim, workspace);
+  const bool early = C::kSpans && a.jagged.total_kv <= static_cast<int64_t>(kShortTiles) * C::kCols * a.jagged.batch;
   void* const tickets = parts == 1 && items > processors ? scratch.tickets : nullptr;
   FwdArguments arguments{{},
                          {},
@@ -433,7 +434,8 @@ Status launch_kernel(const AttentionFwdParams& params, void* workspace, int proc
                          query_schedule(a, C::kHeads),
                          Tickets(tickets),
                          scratch.cells,
-                         static_cast<float>(a.alpha) * Score<T>::kArgument};
+                         static_cast<float>(a.alpha) * Score<T>::kArgument,
+                         early};
   // Items of several heads are long, and what they load is little for the time they take.
   widen_last_group(arguments.schedule, C::kRows, processors, C::kHeads > 1);
   const auto make = [&](CUtensorMap& map, const View& view, int64_t rows, int dim, int box) {

@@ -8,8 +8,8 @@ namespace hstu_ops::cuda::sm90 {
 
 // An item is taken as late as its keys can still arrive in time (FwdItem::paced): what a block has taken, nobody else
 // can do, and the end of a launch would be out of balance by that much (18 % of it with two items taken ahead, N 1024).
-// Behind a short one the next but one is taken while the next is being found, which is what binds there; not with a
-// bias, where tiles take longer (6 % more time with several heads together).
+// Only where nearly all are so short that finding them binds (`early`) is the next but one taken while the next is
+// being found.
 template <class C, class T>
 __device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>& shared) {
   const AttentionProblem& problem = arguments.params.problem;
@@ -37,7 +37,7 @@ __device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>
     if (paced) shared.barrier.item_wanted.wait(wanted), wanted ^= 1;
     shared.barrier.item.empty[at.stage].wait(at.round ^ 1);
     ticket = tickets.answer(early ? asked : tickets.ask());
-    early = !paced && C::kSpans;
+    early = arguments.early && !paced;
   }
   if (lane_id() == 0) tickets.close();
 }

@@ -21,6 +21,7 @@ struct FwdArguments {
   Tickets tickets;
   void* cells;  // of WideCells
   float alpha;  // times the argument of SiLU
+  bool early;   // see find_items
 };
 
 // What tiles leave room for: see BiasShape. A ring of bias stages of its own, for tables come later than keys.

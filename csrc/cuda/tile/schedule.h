@@ -30,7 +30,6 @@ struct Schedule {
   int group = 1;             // sequences a group, a power of two up to 128
   int head_group = 1;        // heads a group, a divisor of `heads`
   int last_group = INT_MAX;  // sequences from here on are one group, with all heads
-  int least = 0;             // blocks of a sequence
 };
 
 constexpr int kChunk = 128;  // sequences examined at a time, four a lane
@@ -54,7 +53,7 @@ __device__ __forceinline__ void load_counts(const Schedule& s, const Int* offset
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int64_t end = clamped_offset(at[k + 1], first + k + 1, s.batch, s.total);
-    count[k] = first + k < s.batch ? max_int(ceil_div(row_range(begin, end).size, kRows), s.least) : 0;
+    count[k] = first + k < s.batch ? ceil_div(row_range(begin, end).size, kRows) : 0;
     begin = end;
   }
 }
