@@ -14,11 +14,13 @@ import pytest
 import torch
 from cases import CORNER, REAL, SMALL, Case
 
+import hstu_ops
 from hstu_ops import RelativeBias, reference
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import attention
+import compare
 import harness
 import measure
 import peaks
@@ -358,6 +360,21 @@ def test_a_provider_that_fails_loses_its_cell_only(tmp_path, capsys, monkeypatch
     assert printed.count("hstu_ops fwd") == 1
     monkeypatch.setattr(providers.Own, "bind", broken)
     assert attention.main([*TINY, "--out", "-"]) == 1
+
+
+def test_builds_beside_one_another(capsys):
+    (library,) = [str(x) for folder in hstu_ops.__path__ if (x := Path(folder, "libhstu_ops.so")).exists()][:1]
+    assert compare.main([library, library, "--rounds=1", "--", *TINY, "--bias=none", "--direction=fwd"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(library) == 2
+    (line,) = [x for x in printed.splitlines() if x.startswith("hstu_ops N32 B2 D64 fp32 fwd ")]
+    assert "(1.00) 1.000x" in line and line.count("x ") + line.endswith("x") == 2
+
+    with pytest.raises(SystemExit):
+        compare.main([library, "nowhere.so"])
+    assert "libraries: expected files, got nowhere.so" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="expected some of"):
+        compare.main([library, "--", "--device=cpu", "--providers=fa4"])
 
 
 def test_options_that_do_not_fit_end_in_one_line(capsys):
