@@ -37,7 +37,7 @@ __device__ void find_items(const FwdArguments& arguments, const FwdStorage<C, T>
     if (paced) shared.barrier.item_wanted.wait(wanted), wanted ^= 1;
     shared.barrier.item.empty[at.stage].wait(at.round ^ 1);
     ticket = tickets.answer(early ? asked : tickets.ask());
-    early = arguments.early && !paced;
+    early = C::kSpans && arguments.early && !paced;
   }
   if (lane_id() == 0) tickets.close();
 }
