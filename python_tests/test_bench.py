@@ -363,7 +363,7 @@ def test_a_provider_that_fails_loses_its_cell_only(tmp_path, capsys, monkeypatch
 
 
 def test_builds_beside_one_another(capsys):
-    (library,) = [str(x) for folder in hstu_ops.__path__ if (x := Path(folder, "libhstu_ops.so")).exists()][:1]
+    library = next(str(x) for folder in hstu_ops.__path__ if (x := Path(folder, "libhstu_ops.so")).exists())
     assert compare.main([library, library, "--rounds=1", "--", *TINY, "--bias=none", "--direction=fwd"]) == 0
     printed = capsys.readouterr().out
     assert printed.count(library) == 2
@@ -375,6 +375,15 @@ def test_builds_beside_one_another(capsys):
     assert "libraries: expected files, got nowhere.so" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="expected some of"):
         compare.main([library, "--", "--device=cpu", "--providers=fa4"])
+
+
+def test_the_faster_build_is_said_to_be_faster(capsys, monkeypatch):
+    """Of three processes each the median, beside the first build."""
+    times = {"0": [2.0, 3.0, 2.4], "1": [1.2, 1.0, 5.0]}
+    monkeypatch.setattr(compare, "measure", lambda folder, passed_on: {("a", "case"): times[folder.name].pop(0)})
+    assert compare.main([__file__, __file__]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert " ".join(line.split()) == "a case 2.4 (1.50) 1.000x 1.2 (5.00) 2.000x"
 
 
 def test_options_that_do_not_fit_end_in_one_line(capsys):

@@ -22,7 +22,7 @@ constexpr int kSumPlaces = 2;  // of a block of threads; each has parts of every
 
 template <class C>
 __device__ __forceinline__ void set_sum_rows(const BwdArguments& arguments, const Job& job, SumRows& to) {
-  static_assert(C::kQueries == 64);
+  static_assert(C::kQueries == SumProgress::kTile && C::kKeys >= SumProgress::kLeastKeys, "places are within bounds");
   const AttentionProblem& a = arguments.params.problem;
   const SumProgress& progress = arguments.progress;
   const Sequence& s = job.sequence;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "core/params.h"
+#include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_bias_cells.h"
 #include "cuda/sm90/tickets.h"
 #include "cuda/tile/table_grad.h"
@@ -48,13 +49,14 @@ inline bool table_grads_have_wide_cells(const AttentionBwdParams& p, int padded_
 // How far the sums of dQ are (bwd_sums.h): zeros before the kernel. Places of sequence b begin at its first row's tile
 // or block, plus b.
 struct SumProgress {
+  static constexpr int kTile = 64, kLeastKeys = 128;  // queries of a tile, keys of a block: set_sum_rows counts on both
+
   unsigned* written = nullptr;  // [heads][tiles][parts]
   unsigned* added = nullptr;    // [heads][blocks]
   int64_t tiles = 0, blocks = 0;
   size_t bytes = 0;
 
   static SumProgress plan(const AttentionProblem& a, int parts, Scratch& scratch) {
-    constexpr int kTile = 64, kLeastKeys = 128;  // queries of a tile, keys of a block
     SumProgress p;
     p.tiles = a.jagged.total_q / kTile + a.jagged.batch;
     p.blocks = a.jagged.total_kv / kLeastKeys + a.jagged.batch;
@@ -82,11 +84,10 @@ struct BwdScratch {
     cells = scratch.take(bwd_has_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
     table_cells = scratch.take(table_grads_have_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
     if (bwd_sums_queries(padded_dim, p.deterministic)) {
-      constexpr int kPart = 64;
       const size_t rows = static_cast<size_t>(a.jagged.total_q) * a.heads;
-      sum_bytes = (rows * padded_dim + kPart) * sizeof(float);  // a part of a row more: FinishedRows::load
+      sum_bytes = (rows * padded_dim + kPanel) * sizeof(float);  // a part of a row more: FinishedRows::load
       sums = static_cast<float*>(scratch.take(sum_bytes));
-      progress = SumProgress::plan(a, padded_dim / kPart, scratch);
+      progress = SumProgress::plan(a, padded_dim / kPanel, scratch);
     }
     tables = TableGrads::plan(p, scratch);
     bytes = scratch.bytes();
