@@ -259,22 +259,13 @@ struct BwdComputer : BwdGroup<C, T> {
       const SumRows& rows = shared.state.sum_rows[item.stage<kSumItems>()];  // without an item: of no rows
       const int64_t total = arguments.params.problem.jagged.total_q;
       FinishedRows<C, T> finished;
-      int row = finished.first_row(group);
+      const int row = finished.first_row(group);
       if (static_cast<int>(item.count) >= 0) barrier().finished[item.stage<kSumItems>()].wait(item.round<kSumItems>());
-      constexpr bool kAhead = !kStarts || C::kPanels == 1;  // else it would spill 8 bytes
-      if (!kAhead) first(), second();
       finished.load(rows, total, row, 0);
-      if (kAhead) first();
+      first();
       if (C::kPanels > 1) finished.load(rows, total, row, C::kPanels - 1);
-      if (kAhead) second();
-#pragma unroll 1
-      for (;;) {
-        finished.store(rows, arguments.params, row);
-        row += C::kKeys;
-        if (row >= rows.end - rows.begin) break;
-#pragma unroll
-        for (int part = 0; part < C::kPanels; ++part) finished.load(rows, total, row, part);
-      }
+      second();
+      finished.store(rows, arguments.params, row);
     }
   }
 

@@ -29,14 +29,10 @@ __device__ __forceinline__ void set_sum_rows(const BwdArguments& arguments, cons
   const int block = job.item.block, head = job.item.head, parts = C::kPanels;
   to.sums = arguments.sums + sum_row(a.jagged.total_q, parts, head, 0, s.begin_q), to.num_q = s.num_q;
   if (!C::kFinishes) return;
-  const int last = max_int(ceil_div(s.mask.len, C::kKeys) - 1, 0);
-  // Queries up to the last key of the block, if none looks further ahead; the last block has all that are left.
-  const auto rows_before = [&](int b) {
-    return b > last ? s.num_q : b == 0 || s.mask.looks_ahead() ? 0 : clamp_int(b * C::kKeys - s.first_row, 0, s.num_q);
-  };
   to.written = progress.written + (head * progress.tiles + s.begin_q / C::kQueries + job.item.sequence) * parts;
   to.added = progress.added + head * progress.blocks + s.begin_kv / C::kKeys + job.item.sequence + block;
-  to.block = block, to.begin = rows_before(block), to.end = rows_before(block + 1);
+  // Those of its keys: there is a query for each key, and none looks ahead (bwd_finishes_sums).
+  to.block = block, to.begin = block * C::kKeys, to.end = min_int(to.begin + C::kKeys, s.num_q);
   to.head = head, to.row = s.begin_q + to.begin;
 }
 
@@ -135,7 +131,7 @@ struct SumAdder {
 
 // ---- a computing warpgroup ----
 
-// A lane's share of 16 rows whose sums are complete: 64 rows for each warpgroup at a time, 16 for each warp.
+// A lane's share of 16 rows whose sums are complete: of an item's, each warpgroup has 64 and each warp 16.
 template <class C, class T>
 struct FinishedRows {
   float4 x[C::kPanels][8];
@@ -156,21 +152,30 @@ struct FinishedRows {
   }
 
   __device__ __forceinline__ void store(const SumRows& rows, const AttentionBwdParams& params, int first) const {
-    const int count = rows.end - rows.begin, lane = ptx::thread_index() % 32;
-    if (first >= count) return;
+    if (first >= rows.end - rows.begin) return;
     const GlobalRows<T> to(params.grad_q, rows.row, rows.head, params.problem.dim_qk);
+    if (has_chunks(to)) {
+      store<true>(rows, to, first);
+    } else {
+      store<false>(rows, to, first);
+    }
+  }
+
+  template <bool kChunks>
+  __device__ __forceinline__ void store(const SumRows& rows, const GlobalRows<T>& to, int first) const {
     // Columns of the lane's chunk: 16 b + 2 (lane % 4) + {0, 1, 8, 9}.
-    const int block = sum_chunk(rows.row + lane / 16, lane % 16 / 4, 0) / 4;
+    const int lane = ptx::thread_index() % 32, block = sum_chunk(rows.row + lane / 16, lane % 16 / 4, 0) / 4;
+    const int row = first + lane / 16 + (lane & 2), col = block * 16 + (lane & 1) * 8;
+    T* const target = to.data + row * to.row_stride + col;
 #pragma unroll
     for (int part = 0; part < C::kPanels; ++part) {
-      const int col = part * kPanel + block * 16 + (lane & 1) * 8;
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        const float4 &a = x[part][i], &b = x[part][i + 1];
+      for (int i = 0; i < 4; ++i) {
+        const float4 &a = x[part][2 * i], &b = x[part][2 * i + 1];
         uint32_t y[4] = {pack(a.x, a.y, T{}), pack(a.z, a.w, T{}), pack(b.x, b.y, T{}), pack(b.z, b.w, T{})};
         transpose_quad(y);
-        const int row = first + lane / 16 + 2 * (i + (lane >> 1 & 1));
-        if (row < count && col < to.dim) store_chunk(to, row, col, make_uint4(y[0], y[1], y[2], y[3]));
+        const int left = row + 4 * i < rows.end - rows.begin ? to.dim - col - part * kPanel : 0;
+        store_chunk<kChunks>(target + 4 * i * to.row_stride + part * kPanel, left, make_uint4(y[0], y[1], y[2], y[3]));
       }
     }
   }

@@ -15,7 +15,7 @@ class BwdTile {
   // A bit for each group.
   __device__ void set_kept(unsigned groups) { code_ |= groups; }
   __device__ void set_covered(unsigned groups) { code_ |= groups << 3; }
-  // No earlier block of keys visits it; none at all that keeps any of it, if this one does not.
+  // No earlier block of keys keeps any of it.
   __device__ void set_first() { code_ |= 64; }
   __device__ void set_last() { code_ |= 128; }
   __device__ int tile() const { return code_ >> 8; }
@@ -82,7 +82,7 @@ __device__ BwdTile classify_queries(const Job& job, int index) {
   tile.set_kept(each([&](int a, int b) { return some.meets(a, min_int(b, s.mask.len)); }));
   const RowSpans all = s.mask.common(m0, m1);
   tile.set_covered(each([&](int a, int b) { return all.covers(a, b); }));
-  if (C::kFinishes && (tile.visited() ? !some.meets(0, n0) : n0 == 0 && !some.meets(0, s.mask.len))) tile.set_first();
+  if (C::kFinishes && tile.visited() && !some.meets(0, n0)) tile.set_first();
   return tile;
 }
 

@@ -9,6 +9,9 @@ namespace hstu_ops::cuda::sm90 {
 
 // ---- the finding warp ----
 
+// Read again each time: what is derived from it would be kept over all items, in registers that are not there.
+__device__ __forceinline__ int find_lane() { return ptx::thread_index() % 32; }
+
 // Classifies an item's tiles, 32 at once, and hands them over.
 template <class C, class T>
 __device__ __forceinline__ void find_tiles(const BwdStorage<C, T>& shared, const Job& job, Count& parts) {
@@ -18,11 +21,12 @@ __device__ __forceinline__ void find_tiles(const BwdStorage<C, T>& shared, const
   for (bool last = false; !last; first += C::kFromLast ? -32 : 32, parts.next()) {
     gate.empty[parts.stage<kBwdParts>()].wait(parts.round<kBwdParts>() ^ 1);
     TilePart& part = shared.state.parts[parts.stage<kBwdParts>()];
-    part.tiles[lane_id()] = classify_queries<C>(job, first + (C::kFromLast ? 31 - lane_id() : lane_id()));
+    const int lane = find_lane();
+    part.tiles[lane] = classify_queries<C>(job, first + (C::kFromLast ? 31 - lane : lane));
     last = C::kFromLast ? first == 0 : (first + 32) * C::kQueries >= job.sequence.num_q;
-    if (lane_id() == 0) part.last = last;
+    if (find_lane() == 0) part.last = last;
     __syncwarp();
-    if (lane_id() == 0) gate.full[parts.stage<kBwdParts>()].arrive();
+    if (find_lane() == 0) gate.full[parts.stage<kBwdParts>()].arrive();
   }
 }
 
@@ -40,19 +44,19 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
         find_work_inline<C::kKeys, true>(arguments.schedule, found.count == 0 ? tickets.first() : tickets.next());
     BwdJob& job = state.jobs[found.stage<kBwdJobs>()];
     const bool more = item.block >= 0;
-    if (lane_id() == 0) {
+    if (find_lane() == 0) {
       job.more = more;
       if (more) job.job = {item, load_sequence(problem.jagged, problem.mask, item.sequence), 0, false};
       if constexpr (C::kQuerySums)
         if (more) set_sum_rows<C>(arguments, job.job, state.sum_rows[found.stage<kSumItems>()]);
     }
     __syncwarp();
-    if (lane_id() == 0) state.barrier.job.full[found.stage<kBwdJobs>()].arrive();
+    if (find_lane() == 0) state.barrier.job.full[found.stage<kBwdJobs>()].arrive();
     if (!more) break;
     find_tiles(shared, job.job, parts);
     if (found.count == 0) tickets.await_open();
   }
-  if (lane_id() == 0) arguments.tickets.close();
+  if (find_lane() == 0) arguments.tickets.close();
 }
 
 // ---- the loading warp ----

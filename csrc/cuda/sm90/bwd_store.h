@@ -22,25 +22,32 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
   swap_halves(x[2], x[3], 1);
 }
 
-// Columns [col, col + 8) that exist, of which there is at least one.
+// Does each eight columns either lie on 16 bytes or not exist? Then they are stored without a branch, so that what one
+// store waits for is hidden behind others.
 template <class T>
-__device__ __forceinline__ void store_chunk(const GlobalRows<T>& to, int row, int col, const uint4& chunk) {
-  T* target = to.data + row * to.row_stride + col;
-  if (to.aligned && col + 8 <= to.dim) {
-    ptx::st_global(target, chunk);
+__device__ __forceinline__ bool has_chunks(const GlobalRows<T>& to) {
+  return to.aligned && to.dim % 8 == 0;
+}
+
+// The first `left` of eight columns, if there are any; kChunks: as above.
+template <bool kChunks, class T>
+__device__ __forceinline__ void store_chunk(T* target, int left, const uint4& chunk) {
+  if (kChunks) {
+    ptx::st_global_if(left > 0, target, chunk);
   } else {
-    scatter_chunk(target, chunk, to.dim - col);
+    scatter_chunk(target, chunk, left);
   }
 }
 
-// A warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from `row` on that exist.
-template <class T, int kDim>
+template <bool kChunks, class T, int kDim>
 __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
                                            const float (&factors)[2]) {
-  const int first = lane_id() % 4 * 8, left = to.dim - first;  // columns: constants from here on take no registers
+  const int first = lane_id() % 4 * 8;  // columns: constants from here on take no registers
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int at = row + h * 8 + lane_row();
+    T* const target = to.data + at * to.row_stride + first;
+    const int left = exists(at, rows) ? to.dim - first : 0;
 #pragma unroll
     for (int block = 0; block < kDim / 32; ++block) {
       uint32_t x[4];  // columns 8 i + lane_col() + {0, 1} of the block, then 8 (lane % 4) + 2 i + {0, 1}
@@ -50,16 +57,18 @@ __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int
         x[i] = pack(pair[0] * factors[h], pair[1] * factors[h], T{});
       }
       transpose_quad(x);
-      const int col = block * 32;
-      if (!exists(at, rows) || col >= left) continue;
-      T* target = to.data + at * to.row_stride + first + col;
-      const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);
-      if (to.aligned && col + 8 <= left) {
-        ptx::st_global(target, chunk);
-      } else {
-        scatter_chunk(target, chunk, left - col);
-      }
+      store_chunk<kChunks>(target + block * 32, left - block * 32, make_uint4(x[0], x[1], x[2], x[3]));
     }
+  }
+}
+// A warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from `row` on that exist.
+template <class T, int kDim>
+__device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
+                                           const float (&factors)[2]) {
+  if (has_chunks(to)) {
+    store_rows<true, T, kDim>(to, row, rows, sums, factors);
+  } else {
+    store_rows<false, T, kDim>(to, row, rows, sums, factors);
   }
 }
 
