@@ -148,10 +148,9 @@ __device__ __forceinline__ void st_global(void* to, uint4 x) {
 
 // The same if it is there, without a branch.
 __device__ __forceinline__ void st_global_if(bool there, void* to, uint4 x) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\t@p st.global.v4.b32 [%0], {%1,%2,%3,%4};\n\t}" ::"l"(to),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(there))
-      : "memory");
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\t@p st.global.v4.b32 [%0], {%1,%2,%3,%4};\n\t}" ::"l"(to),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(there))
+               : "memory");
 }
 
 // Read-only memory; not moved across other such loads, which bounds the registers of many.

@@ -39,6 +39,7 @@ __device__ __forceinline__ void store_chunk(T* target, int left, const uint4& ch
   }
 }
 
+// A warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from `row` on that exist.
 template <bool kChunks, class T, int kDim>
 __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
                                            const float (&factors)[2]) {
@@ -61,7 +62,6 @@ __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int
     }
   }
 }
-// A warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from `row` on that exist.
 template <class T, int kDim>
 __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
                                            const float (&factors)[2]) {
