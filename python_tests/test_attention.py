@@ -101,6 +101,25 @@ def test_all_rows_are_written(dim, device):
             assert all(x.isfinite().all() for x in (out, *grads)), (offsets, window)
 
 
+@pytest.mark.parametrize("bias", ("none", "position+time"))
+@pytest.mark.parametrize("dims", ((60, 52), (100, 124), (196, 252)), ids=str)
+def test_heads_end_within_16_bytes(dims, bias, device):
+    """In rows that start on 16 bytes, what lies behind each head is neither read nor multiplied."""
+    case = Case("", (300, 0, 500), heads=2, dim_qk=dims[0], dim_v=dims[1], bias=bias, num_targets=(9, 0, 0))
+    inputs = make(case, DTYPES[3], device)
+
+    def widen(x):
+        room = torch.nn.functional.pad(x.detach(), (0, -x.shape[2] % 8), value=float("nan"))
+        return room[..., : x.shape[2]].requires_grad_(x.requires_grad)
+
+    grad_out = torch.randn_like(inputs.v, requires_grad=False)
+    expected = forward_backward(reference.hstu_attention, inputs.double(), grad_out.double())
+    wide = replace(inputs, q=widen(inputs.q), k=widen(inputs.k), v=widen(inputs.v))
+    for name, x in forward_backward(hstu_attention, wide, widen(grad_out)).items():
+        error = (x.double() - expected[name]).norm()
+        assert error <= torch.finfo(DTYPES[3]).eps * expected[name].norm(), name
+
+
 def test_padding_changes_nothing(device):
     """max_seq_len sets the default scale and nothing else."""
     inputs = make(SMALL[5], device=device, grad=False)
