@@ -85,7 +85,7 @@ struct BwdScratch {
     table_cells = scratch.take(table_grads_have_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
     if (bwd_sums_queries(padded_dim, p.deterministic)) {
       const size_t rows = static_cast<size_t>(a.jagged.total_q) * a.heads;
-      sum_bytes = (rows * padded_dim + kPanel) * sizeof(float);  // a part of a row more: FinishedRows::load
+      sum_bytes = rows * padded_dim * sizeof(float);
       sums = static_cast<float*>(scratch.take(sum_bytes));
       progress = SumProgress::plan(a, padded_dim / kPanel, scratch);
     }

@@ -62,6 +62,8 @@ __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int
     }
   }
 }
+
+// The same, whichever rows these are.
 template <class T, int kDim>
 __device__ __forceinline__ void store_rows(const GlobalRows<T>& to, int row, int rows, const float (&sums)[kDim / 2],
                                            const float (&factors)[2]) {
