@@ -76,11 +76,14 @@ def test_sequences_one_by_one(name, dtype, device):
         assert (x.double() - y).norm() <= (0.25 * torch.finfo(dtype).eps + 1e-6) * y.norm(), name
 
 
+@pytest.mark.parametrize("deterministic", (False, True))
 @pytest.mark.parametrize("dim", (64, 128, 256))
-def test_all_rows_are_written(dim, device):
+def test_all_rows_are_written(dim, deterministic, device):
     """Whatever memory held, and whatever is in the offsets; calls end even where these make no sense."""
     if device == "cpu":
         pytest.skip("nonsense raises on CPU")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     total, heads = 4000, 4
     inputs = make(Case("", (total,), heads=heads, dim_qk=dim, dim_v=dim), DTYPES[3], device)
     for sense, offsets, offsets_q, window in (

@@ -387,13 +387,13 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
 
 template <class T, int kDim, class Bias>
 Status attention_bwd(const AttentionBwdParams& params, const BwdScratch& scratch, int processors, cudaStream_t stream) {
-  if constexpr (bwd_sums_queries(kDim, false)) {
+  if constexpr (bwd_may_sum_queries(kDim)) {
     using Sums = BwdConfigOf<kDim, true, Bias>;
-    if (bwd_sums_queries(kDim, params.deterministic)) {
-      if (Sums::kFinishes && !bwd_finishes_sums(params.problem, kDim))
-        return attention_bwd_sums<BwdClearedShape<Sums>, T>(params, scratch, processors, stream);
-      return attention_bwd_sums<Sums, T>(params, scratch, processors, stream);
-    }
+    if constexpr (Sums::kFinishes)
+      if (bwd_finishes_sums(params, kDim))
+        return params.deterministic ? attention_bwd_sums<BwdOrderedShape<Sums>, T>(params, scratch, processors, stream)
+                                    : attention_bwd_sums<Sums, T>(params, scratch, processors, stream);
+    if (!params.deterministic) return attention_bwd_sums<BwdClearedShape<Sums>, T>(params, scratch, processors, stream);
   }
   using Keys = BwdConfigOf<kDim, false, Bias>;
   if (Status s = attention_bwd_keys<Keys, T>(params, scratch, processors, stream); !s.ok()) return s;

@@ -37,6 +37,7 @@ struct BwdShape {
                                       kSlopeStages * kSlopeBytes + kSumStages * kSumBytes + 1024;
   static constexpr bool kFinishes = kQuerySums;       // no other kernel clears and converts the sums: see bwd_finish.h
   static constexpr bool kFromLast = true;             // queries: see bwd_finish.h
+  static constexpr bool kOrdered = false;             // are the sums' parts added in a fixed order?
   static constexpr int kClaimTiles = kTurns ? 2 : 1;  // left of an item when the next one is claimed
   // A launch gives every thread the same share of 64 K registers; setmaxnreg moves them to the computing warpgroups.
   // Of a relative bias: see BwdBiasShape. Dense bias: see BwdDenseShape.
@@ -115,6 +116,11 @@ using BwdConfigOf = std::conditional_t<
 template <class Shape>
 struct ClearedShape : Shape {
   static constexpr bool kFinishes = false, kFromLast = false;
+};
+// With parts of the sums in order, where the kernel finishes them: deterministic.
+template <class Shape>
+struct BwdOrderedShape : Shape {
+  static constexpr bool kOrdered = true;
 };
 template <class Shape>
 using BwdClearedShape = std::conditional_t<Shape::kFinishes, ClearedShape<Shape>, Shape>;

@@ -2,10 +2,10 @@
 // kFinishes, how rows become complete and are converted without another kernel.
 //
 // Items of a sequence and head are taken in order of their blocks of keys, and each walks the queries from the last to
-// the first. The first block that keeps some of a tile writes it, and the others wait until it has: nothing needs
-// clearing. Rows that no later block adds to are complete when this block and those before it are through; the
-// computing warpgroups convert them behind the next item but one, for they are through by then. Who waits, waits for
-// items taken earlier, so one of all always goes on.
+// the first. The first block that keeps some of a tile writes it, and the others wait until it has or, where kOrdered,
+// until the block before has had its turn: nothing needs clearing. Rows that no later block adds to are complete when
+// this block and those before it are through; the computing warpgroups convert them behind the next item but one, for
+// they are through by then. Who waits, waits for items taken earlier, so one of all always goes on.
 #pragma once
 
 #include "cuda/ptx/tma.h"
@@ -38,7 +38,8 @@ __device__ __forceinline__ void set_sum_rows(const BwdArguments& arguments, cons
 
 // ---- the adding warps ----
 
-// Which of 32 tiles of an item, from the last one asked for down, are written.
+// Which of 32 tiles of an item, from the last one asked for down, it may add to: written at all or, where kOrdered, by
+// the block before.
 template <class C>
 struct WrittenTiles {
   int anchor = 0;
@@ -48,9 +49,9 @@ struct WrittenTiles {
     const unsigned bit = anchor - tile;
     return bit < 32 && (known >> bit & 1);
   }
-  __device__ __forceinline__ void ask(const unsigned* written, int tile) {
-    const int mine = tile - lane_id();
-    const bool there = mine >= 0 && ptx::ld_acquire(written + mine * C::kPanels);
+  __device__ __forceinline__ void ask(const unsigned* written, int tile, int block) {
+    const int mine = tile - lane_id(), least = C::kOrdered ? block : 1;
+    const bool there = mine >= 0 && static_cast<int>(ptx::ld_acquire(written + mine * C::kPanels)) >= least;
     anchor = tile, known = __ballot_sync(~0u, there);
     __syncwarp();
     ptx::fence_proxy_async_global();  // what comes next is the copy engine's
@@ -107,7 +108,7 @@ struct SumAdder {
     const bool is_first = C::kFinishes && job.tile.first();
     unsigned *written = rows.written + part, *added = rows.added;
     if (C::kFinishes && !is_first && bytes > 0)
-      while (!others.has(tile)) others.ask(written, tile);
+      while (!others.has(tile)) others.ask(written, tile, rows.block);
     if (lane_id() == 0) {
       float* to = rows.sums + (part * arguments.params.problem.jagged.total_q + row) * kPanel;
       if (bytes > 0) {
@@ -116,16 +117,19 @@ struct SumAdder {
         ptx::bulk_wait_read<0>();
       }
       gate.empty[0].arrive();
-      if (C::kFinishes && (is_first || job.last > 0)) {
+      const bool tells = is_first || (C::kOrdered && bytes > 0);
+      if (C::kFinishes && (tells || job.last > 0)) {
         ptx::bulk_wait<0>();
         ptx::fence_proxy_async_global();
-        if (is_first) ptx::st_release(written + tile * C::kPanels, 1);
+        // The largest: sequences that overlap, as ill-formed offsets make them, must not take a turn back.
+        if (tells) ptx::red_release_max(written + tile * C::kPanels, rows.block + 1);
         if (job.last > 0) ptx::red_release(added, job.last);
       }
     }
     __syncwarp();
     // The next one, as long as there is time.
-    if (C::kFinishes && !is_first && tile > 0 && !others.has(max_int(tile - 2, 0))) others.ask(written, tile - 1);
+    if (C::kFinishes && !is_first && tile > 0 && !others.has(max_int(tile - 2, 0)))
+      others.ask(written, tile - 1, rows.block);
   }
 };
 

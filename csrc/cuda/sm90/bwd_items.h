@@ -15,6 +15,8 @@ class BwdTile {
   // A bit for each group.
   __device__ void set_kept(unsigned groups) { code_ |= groups; }
   __device__ void set_covered(unsigned groups) { code_ |= groups << 3; }
+  // Nothing is kept, but visited all the same.
+  __device__ void set_visited() { code_ |= 8; }
   // No earlier block of keys keeps any of it.
   __device__ void set_first() { code_ |= 64; }
   __device__ void set_last() { code_ |= 128; }
@@ -83,6 +85,9 @@ __device__ BwdTile classify_queries(const Job& job, int index) {
   const RowSpans all = s.mask.common(m0, m1);
   tile.set_covered(each([&](int a, int b) { return all.covers(a, b); }));
   if (C::kFinishes && tile.visited() && !some.meets(0, n0)) tile.set_first();
+  // Blocks of targets that other targets do not keep: where parts have an order, every block from a tile's first one on
+  // has its turn.
+  if (C::kOrdered && !tile.visited() && n0 < m1 && some.meets(0, n0)) tile.set_visited();
   return tile;
 }
 

@@ -12,18 +12,25 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// Is dQ added up in global memory, or found by a kernel of its own? Beyond 128 dimensions a block has room for 64 keys
-// only, so that sums of dQ are more than an L2 can add; and sums have no order.
-constexpr bool bwd_sums_queries(int padded_dim, bool deterministic) { return padded_dim <= 128 && !deterministic; }
+// May dQ be added up in global memory, rather than found by a kernel of its own? Beyond 128 dimensions a block has room
+// for 64 keys only, so that sums of dQ are more than an L2 can add.
+constexpr bool bwd_may_sum_queries(int padded_dim) { return padded_dim <= 128; }
 
 // Are those sums finished by the kernel that adds them (bwd_finish.h)? Right for every mask with a key for each query,
 // but slower where a sequence's first block keeps tiles that others reach long before it (windows with a prefix), where
-// its last block alone completes rows that look ahead, and where sequences are long at 128 dimensions.
-inline bool bwd_finishes_sums(const AttentionProblem& a, int padded_dim) {
+// its last block alone completes rows that look ahead, and where sequences are long at 128 dimensions. Only such a
+// kernel can add in a fixed order: in deterministic mode it is faster than a kernel for dQ at any length.
+inline bool bwd_finishes_sums(const AttentionBwdParams& p, int padded_dim) {
   constexpr int64_t kLong = 4096;  // mean queries of a sequence
+  const AttentionProblem& a = p.problem;
   const JaggedParams& j = a.jagged;
-  return !j.offsets_q && !a.looks_ahead() && !a.mask.leaves_gaps() &&
-         (padded_dim < 128 || j.total_q <= kLong * j.batch);
+  const bool biased = a.relative.position_weight || a.relative.time_weight;
+  return !biased && !j.offsets_q && !a.looks_ahead() && !a.mask.leaves_gaps() &&
+         (p.deterministic || padded_dim < 128 || j.total_q <= kLong * j.batch);
+}
+
+inline bool bwd_sums_queries(const AttentionBwdParams& p, int padded_dim) {
+  return bwd_may_sum_queries(padded_dim) && (!p.deterministic || bwd_finishes_sums(p, padded_dim));
 }
 
 // Are they cleared all the same? For compute-sanitizer's initcheck, which does not see what the copy engine writes.
@@ -83,7 +90,7 @@ struct BwdScratch {
       *tickets = scratch.take(sizeof(TicketCounters));
     cells = scratch.take(bwd_has_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
     table_cells = scratch.take(table_grads_have_wide_cells(p, padded_dim) ? wide_cell_bytes(a) : 0);
-    if (bwd_sums_queries(padded_dim, p.deterministic)) {
+    if (bwd_sums_queries(p, padded_dim)) {
       const size_t rows = static_cast<size_t>(a.jagged.total_q) * a.heads;
       sum_bytes = rows * padded_dim * sizeof(float);
       sums = static_cast<float*>(scratch.take(sum_bytes));

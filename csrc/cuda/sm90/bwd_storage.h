@@ -90,7 +90,7 @@ struct SumJob {
 // Where an item's sums of dQ go, and the rows that are complete with it.
 struct SumRows {
   float* sums;        // of the sequence
-  unsigned* written;  // of a tile's part: whether it is there, so that others may be added
+  unsigned* written;  // of a tile's part: 1 + the last block that wrote it or added to it (if ordered), else 0
   unsigned* added;    // places of this item that are through; those of the blocks before it are in front
   int block;          // of keys
   int num_q;
