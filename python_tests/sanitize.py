@@ -1,4 +1,5 @@
-"""compute-sanitizer over every case of SMALL, CORNER and CROWDED, forward and backward, on a GPU:
+"""compute-sanitizer over every case of SMALL, CORNER and CROWDED, forward, backward and backward in deterministic mode,
+on a GPU:
 
     python python_tests/sanitize.py                            initcheck, memcheck, synccheck, with both kernel families
     python python_tests/sanitize.py --tools racecheck --backends sm80
@@ -33,6 +34,7 @@ def run_cases(dtype_names: list[str]) -> None:
     def there(x: object) -> object:
         return x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
+    torch.utils.deterministic.fill_uninitialized_memory = False  # initcheck looks for what is read of it
     dtypes = [getattr(torch, x) for x in dtype_names]
     cases = [*SMALL, *CORNER, *CROWDED]
     for n, case in enumerate(cases):
@@ -44,7 +46,10 @@ def run_cases(dtype_names: list[str]) -> None:
             options["bias"] = replace(bias, buckets=buckets, **{x: there(getattr(bias, x)) for x in tensors})
         q, k, v = there(inputs.q), there(inputs.k), there(inputs.v)
         grad_out = there(torch.randn(len(q), q.shape[1], v.shape[2]).to(q.dtype))
-        hstu_attention(q, k, v, there(inputs.seq_offsets), inputs.max_seq_len, **options).backward(grad_out)
+        out = hstu_attention(q, k, v, there(inputs.seq_offsets), inputs.max_seq_len, **options)
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            out.backward(grad_out, retain_graph=True)
     torch.cuda.synchronize()
     print(f"ran {len(cases)} cases")
 

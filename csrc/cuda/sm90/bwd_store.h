@@ -2,8 +2,7 @@
 // the next one's loads.
 #pragma once
 
-#include "cuda/ptx/memory.h"
-#include "cuda/tile/load.h"
+#include "cuda/sm90/store.h"
 
 namespace hstu_ops::cuda::sm90 {
 
@@ -20,23 +19,6 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
   swap_halves(x[1], x[3], 2);
   swap_halves(x[0], x[1], 1);
   swap_halves(x[2], x[3], 1);
-}
-
-// Does each eight columns either lie on 16 bytes or not exist? Then they are stored without a branch, so that what one
-// store waits for is hidden behind others.
-template <class T>
-__device__ __forceinline__ bool has_chunks(const GlobalRows<T>& to) {
-  return to.aligned && to.dim % 8 == 0;
-}
-
-// The first `left` of eight columns, if there are any; kChunks: as above.
-template <bool kChunks, class T>
-__device__ __forceinline__ void store_chunk(T* target, int left, const uint4& chunk) {
-  if (kChunks) {
-    ptx::st_global_if(left > 0, target, chunk);
-  } else {
-    scatter_chunk(target, chunk, left);
-  }
 }
 
 // A warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from `row` on that exist.

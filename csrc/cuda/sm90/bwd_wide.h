@@ -17,8 +17,8 @@ struct BwdHalf : BwdGroup<C, T> {
   using Base = BwdGroup<C, T>;
   using Base::accumulate, Base::arguments, Base::arrive_warp, Base::await_keys, Base::await_tile, Base::barrier,
       Base::await_slopes, Base::factor, Base::group, Base::keep_bits, Base::kStarts, Base::multiply_scores,
-      Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores, Base::store, Base::sync,
-      Base::thread, Base::turn_tables;
+      Base::release, Base::release_bias, Base::score, Base::shared, Base::start_scores, Base::sync, Base::thread,
+      Base::turn_tables, Base::warp_key;
   using typename Base::Bits;
   using typename Base::Operand;
   using typename Base::Scores;
@@ -37,7 +37,7 @@ struct BwdHalf : BwdGroup<C, T> {
     }
     arrive_warp(barrier().slope.full[tiles.stage<2>()]);
   }
-  __device__ __forceinline__ void apply_slopes(const Scores& d, Operand& ds) {
+  __device__ __forceinline__ void apply_slopes(BwdTile tile, const Scores& d, Operand& ds) {
     barrier().slope.full[tiles.stage<2>()].wait(tiles.round<2>());
 #pragma unroll
     for (int step = 0; step < C::kQueries / 16; ++step) {
@@ -50,7 +50,7 @@ struct BwdHalf : BwdGroup<C, T> {
         ds[step][e] = pack(at[0] * f.x, at[1] * f.y, T{});
       }
     }
-    arrive_warp(barrier().slope.empty[tiles.stage<2>()]);
+    if (!tile.last()) arrive_warp(barrier().slope.empty[tiles.stage<2>()]);  // else dK goes through them, too
   }
 
   // The first product of a tile, begun: S' or dP'.
@@ -76,7 +76,7 @@ struct BwdHalf : BwdGroup<C, T> {
       score(job, tile, bits, s, d, x, slopes);
       put_slopes(slopes);
     } else {
-      apply_slopes(s, x);
+      apply_slopes(tile, s, x);
     }
     ptx::wgmma_settle(x);
     ptx::wgmma_settle(sums);
@@ -120,6 +120,20 @@ struct BwdHalf : BwdGroup<C, T> {
                        : barrier().query.empty[now.stage<C::kQueryStages>()]);
   }
 
+  // dV or dK of an item, each warp's through 2 KB of a stage of slopes: the first warpgroup takes the next one, the
+  // second the last one, which all have read.
+  __device__ __forceinline__ void store(const Job& job, const Sums& sums) const {
+    const AttentionBwdParams& params = arguments.params;
+    const Count stage = kHasValues ? tiles : tiles.before();
+    if (kHasValues) await_slopes(tiles);
+    const SmemTile<T, kPanel> staging{shared.slopes(stage.stage<2>()) + ptx::thread_index() / 32 % 4 * 2048};
+    const GlobalRows<T> to(kHasValues ? params.grad_v : params.grad_k, job.sequence.begin_kv, job.item.head,
+                           kHasValues ? params.problem.dim_v : params.problem.dim_qk);
+    const float f = kHasValues ? factor(job) : factor(job) * arguments.alpha;
+    store_staged(staging, to, job.item.block * C::kKeys + warp_key(), job.sequence.mask.len, sums, f, f);
+    if (!kHasValues) arrive_warp(barrier().slope.empty[stage.stage<2>()]);
+  }
+
   __device__ void run() {
     for (;; items.next()) {
       barrier().job.full[items.stage<kBwdJobs>()].wait(items.round<kBwdJobs>());
@@ -133,12 +147,7 @@ struct BwdHalf : BwdGroup<C, T> {
       if (kHasValues) turn_tables(job);
       compute(job, sums);
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
-      const AttentionBwdParams& params = arguments.params;
-      if (kHasValues) {
-        store(job, params.grad_v, params.problem.dim_v, sums, factor(job));
-      } else {
-        store(job, params.grad_k, params.problem.dim_qk, sums, factor(job) * arguments.alpha);
-      }
+      store(job, sums);
       sync();  // all have read the job
       release(barrier().job.empty[items.stage<kBwdJobs>()]);
     }

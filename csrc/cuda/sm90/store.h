@@ -11,33 +11,30 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// A warp's 16 rows of 64 columns in `tile` to `to`, from row `first` of `rows` on.
+// Does each eight columns either lie on 16 bytes or not exist? Then they are stored without a branch, so that what one
+// store waits for is hidden behind others.
 template <class T>
-__device__ __forceinline__ void store_rows(const SmemTile<T, 64>& tile, const GlobalRows<T>& to, int first, int rows) {
-  if (to.aligned && to.dim >= 64 && first + 16 <= rows) {
-    const int row = lane_id() / 8, chunk = lane_id() % 8;
-    T* target = to.data + (first + row) * to.row_stride + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ptx::st_global(target, ptx::ld_shared_u4(tile.at(row + 4 * i, chunk)));
-      target += 4 * to.row_stride;
-    }
+__device__ __forceinline__ bool has_chunks(const GlobalRows<T>& to) {
+  return to.aligned && to.dim % 8 == 0;
+}
+
+// The first `left` of eight columns, if there are any; kChunks: as above.
+template <bool kChunks, class T>
+__device__ __forceinline__ void store_chunk(T* target, int left, const uint4& chunk) {
+  if (kChunks) {
+    ptx::st_global_if(left > 0, target, chunk);
   } else {
-    store_tile<16, 32>(tile, 0, to, first, rows, lane_id());
+    scatter_chunk(target, chunk, left);
   }
 }
 
-// A warp's 16 rows, from query `first` of the job's sequence on; `staging` has room for 64 columns of them. Rows past
-// the last query and columns past the last dimension are left alone.
-template <class T, int kValues>
-__device__ __forceinline__ void store_output(const SmemTile<T, 64>& staging, const AttentionFwdParams& params,
-                                             const Job& job, int head, int first, const float (&acc)[kValues]) {
-  if (first < 0 || first >= job.sequence.num_q) return;
-  const AttentionProblem& problem = params.problem;
-  const RowScale scale(problem.scale, job.item.sequence, job.sequence.begin_q);
-  GlobalRows<T> rows(params.out, job.sequence.begin_q, head, problem.dim_v);
-  const int last = job.sequence.num_q - 1;
-  const float low = scale(min_int(first + lane_row(), last)), high = scale(min_int(first + lane_row() + 8, last));
+// Accumulators of a warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from
+// `first` on that exist, by way of `staging`, which has room for 64 columns of them.
+template <bool kChunks, class T, int kValues>
+__device__ __forceinline__ void store_staged(const SmemTile<T, 64>& staging, const GlobalRows<T>& to, int first,
+                                             int rows, const float (&acc)[kValues], float low, float high) {
+  const int lane = ptx::thread_index() % 32, row = lane / 8, chunk = lane % 8;  // read again: see thread_index
+  T* const target = to.data + (first + row) * to.row_stride + chunk * 8;
 #pragma unroll
   for (int panel = 0; panel < kValues / 32; ++panel) {
 #pragma unroll
@@ -45,13 +42,42 @@ __device__ __forceinline__ void store_output(const SmemTile<T, 64>& staging, con
       const float* x = &acc[panel * 32 + i * 8];
       const uint32_t r[4] = {pack(x[0] * low, x[1] * low, T{}), pack(x[2] * high, x[3] * high, T{}),
                              pack(x[4] * low, x[5] * low, T{}), pack(x[6] * high, x[7] * high, T{})};
-      ptx::stmatrix_x4(staging.at(lane_id() % 16, i * 2 + lane_id() / 16), r);
+      ptx::stmatrix_x4(staging.at(lane % 16, i * 2 + lane / 16), r);
     }
     __syncwarp();
-    store_rows(staging, rows, first, job.sequence.num_q);
+    uint4 chunks[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) chunks[i] = ptx::ld_shared_u4(staging.at(row + 4 * i, chunk));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int left = exists(first + row + 4 * i, rows) ? to.dim - chunk * 8 - panel * 64 : 0;
+      store_chunk<kChunks>(target + 4 * i * to.row_stride + panel * 64, left, chunks[i]);
+    }
     __syncwarp();
-    rows.data += 64, rows.dim -= 64;
   }
+}
+template <class T, int kValues>
+__device__ __forceinline__ void store_staged(const SmemTile<T, 64>& staging, const GlobalRows<T>& to, int first,
+                                             int rows, const float (&acc)[kValues], float low, float high) {
+  if (has_chunks(to)) {
+    store_staged<true>(staging, to, first, rows, acc, low, high);
+  } else {
+    store_staged<false>(staging, to, first, rows, acc, low, high);
+  }
+}
+
+// A warp's 16 rows, from query `first` of the job's sequence on. Rows past the last query and columns past the last
+// dimension are left alone.
+template <class T, int kValues>
+__device__ __forceinline__ void store_output(const SmemTile<T, 64>& staging, const AttentionFwdParams& params,
+                                             const Job& job, int head, int first, const float (&acc)[kValues]) {
+  if (first < 0 || first >= job.sequence.num_q) return;
+  const AttentionProblem& problem = params.problem;
+  const RowScale scale(problem.scale, job.item.sequence, job.sequence.begin_q);
+  const GlobalRows<T> rows(params.out, job.sequence.begin_q, head, problem.dim_v);
+  const int last = job.sequence.num_q - 1;
+  const float low = scale(min_int(first + lane_row(), last)), high = scale(min_int(first + lane_row() + 8, last));
+  store_staged(staging, rows, first, job.sequence.num_q, acc, low, high);
 }
 
 // Stores four columns' sums, values 4 i to 4 i + 3 of this thread's accumulators, over the kSize blocks of a cluster,
