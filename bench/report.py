@@ -280,12 +280,13 @@ def _draw(pyplot, rows: Sequence[Row], env: Environment, path: Path, unit: float
         panel.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(labels)), labels)
     panels[0][0].invert_yaxis()
+    panels[0][0].margins(y=0.01)
     panels[0][-1].legend()
     finish_figure(pyplot, figure, env, path)
 
 
 def finish_figure(pyplot, figure, env: Environment, path: Path) -> None:
     figure.suptitle(f"{env.device}, {env.isa}, torch {env.torch}, hstu_ops {env.hstu_ops} {env.commit}, {env.date}")
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")  # leaves room for that title
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
