@@ -181,13 +181,9 @@ def where(lines: list[Row]) -> str:
 def bias() -> str:
     lines = rows(GPU, "bias")
 
-    def beside(case: str, kind: str, direction: str) -> str:
-        ours = rate(lines, f"{case} {kind}", direction)
-        return cell(ours, ratio(ours, rate(lines, case, direction)))
-
-    def beside_default(case: str) -> str:
-        ours = rate(lines, case, "det")
-        return cell(ours, ratio(ours, rate(lines, case, "bwd")))
+    def beside(case: str, direction: str, other: tuple[str, str]) -> str:
+        ours = rate(lines, case, direction)
+        return cell(ours, ratio(ours, rate(lines, *other)))
 
     kinds = (
         ("position and 128 time buckets", "relative", (64, 128, 256)),
@@ -202,14 +198,20 @@ def bias() -> str:
         "20 targets each": "jagged N1024 B256 t20",
     }
     body = [
-        [f"{way}, D {dim}, {name}", *(beside(f"{x} D{dim}", kind, direction) for x in shapes.values())]
+        [
+            f"{way}, D {dim}, {name}",
+            *(beside(f"{x} D{dim} {kind}", direction, (f"{x} D{dim}", direction)) for x in shapes.values()),
+        ]
         for name, kind, dims in kinds
         for dim in dims
         for way, direction in WAYS
     ]
     first = table(["bias, TFLOP/s (beside none)", *shapes], body)
     body = [
-        [f"D {dim}, {name}", *(beside_default(f"{x} D{dim}{kind}") for x in shapes.values())]
+        [
+            f"D {dim}, {name}",
+            *(beside(case, "det", (case, "bwd")) for case in (f"{x} D{dim}{kind}" for x in shapes.values())),
+        ]
         for name, kind in (("no bias", ""), ("position and 128 time buckets", " relative"))
         for dim in (64, 128, 256)
     ]

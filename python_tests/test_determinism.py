@@ -37,7 +37,7 @@ def _assert_same_bits(got, want):
 
 
 @_dtypes
-@pytest.mark.parametrize("case", _CASES, ids=str)
+@pytest.mark.parametrize("case", [*_CASES, *_BLOCKS], ids=str)
 def test_two_runs(case, dtype, device):
     torch.use_deterministic_algorithms(True)
     inputs = make(case, dtype, device)
@@ -52,10 +52,6 @@ def test_many_blocks(case, dtype, device):
     """A kernel may add up parts of a gradient in an order of its own here: the result obeys the rule as well."""
     torch.use_deterministic_algorithms(True)
     check(case, dtype, device)
-    inputs = make(case, dtype, device)
-    first = _run(inputs)
-    for _ in range(3):
-        _assert_same_bits(_run(inputs), first)
 
 
 @pytest.mark.parametrize("dim", (64, 128))

@@ -55,6 +55,7 @@ struct RelativeBiasParams {
   const int64_t* timestamps = nullptr;        // [total_kv]
   const int64_t* query_timestamps = nullptr;  // [total_q], absent: timestamps of the query's own row
 
+  explicit operator bool() const { return position_weight || time_weight; }
   bool same_for_all_heads() const {
     return (!position_weight || position_head_stride == 0) && (!time_weight || time_head_stride == 0);
   }

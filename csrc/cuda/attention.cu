@@ -88,8 +88,7 @@ Status dispatch(const AttentionProblem& a, F&& f) {
   });
 }
 
-bool has_relative_bias(const AttentionProblem& a) { return a.relative.position_weight || a.relative.time_weight; }
-bool has_bias(const AttentionProblem& a) { return a.dense.data || has_relative_bias(a); }
+bool has_bias(const AttentionProblem& a) { return a.dense.data || a.relative; }
 
 bool empty(const AttentionProblem& a) { return a.heads == 0 || a.jagged.batch == 0; }
 

@@ -449,8 +449,7 @@ Status attention_bwd(const AttentionBwdParams& params, void* memory, cudaStream_
   }
   if constexpr (kIs16Bit<T> && (kDim <= 128 || kLarge))  // the registers of the others do not suffice
     if (has_many_buckets<T>(a.relative)) return launch_bwd<typename C::Dense, ManyBucketsBias>(params, memory, stream);
-  if (a.relative.position_weight || a.relative.time_weight)
-    return launch_bwd<typename C::Relative, RelativeBias>(params, memory, stream);
+  if (a.relative) return launch_bwd<typename C::Relative, RelativeBias>(params, memory, stream);
   return launch_bwd<typename C::None, NoBias>(params, memory, stream);
 }
 

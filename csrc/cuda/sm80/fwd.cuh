@@ -249,7 +249,7 @@ Status attention_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   if constexpr (kIs16Bit<T>)
     if (has_many_buckets<T>(a.relative))
       return launch_fwd<FwdManyBucketsConfig<T, kDim>, ManyBucketsBias>(params, stream);
-  if (a.relative.position_weight || a.relative.time_weight) return launch_fwd<C, RelativeBias>(params, stream);
+  if (a.relative) return launch_fwd<C, RelativeBias>(params, stream);
   return launch_fwd<FwdConfig<T, kDim>, NoBias>(params, stream);
 }
 

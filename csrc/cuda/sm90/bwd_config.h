@@ -117,12 +117,13 @@ template <class Shape>
 struct ClearedShape : Shape {
   static constexpr bool kFinishes = false, kFromLast = false;
 };
+template <class Shape>
+using BwdClearedShape = std::conditional_t<Shape::kFinishes, ClearedShape<Shape>, Shape>;
+
 // With parts of the sums in order, where the kernel finishes them: deterministic.
 template <class Shape>
 struct BwdOrderedShape : Shape {
   static constexpr bool kOrdered = true;
 };
-template <class Shape>
-using BwdClearedShape = std::conditional_t<Shape::kFinishes, ClearedShape<Shape>, Shape>;
 
 }  // namespace hstu_ops::cuda::sm90

@@ -15,7 +15,7 @@ class BwdTile {
   // A bit for each group.
   __device__ void set_kept(unsigned groups) { code_ |= groups; }
   __device__ void set_covered(unsigned groups) { code_ |= groups << 3; }
-  // Nothing is kept, but visited all the same.
+  // Nothing is kept, but visited all the same: a bit that says no more, for covered() is asked where something is kept.
   __device__ void set_visited() { code_ |= 8; }
   // No earlier block of keys keeps any of it.
   __device__ void set_first() { code_ |= 64; }

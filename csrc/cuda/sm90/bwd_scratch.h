@@ -24,8 +24,7 @@ inline bool bwd_finishes_sums(const AttentionBwdParams& p, int padded_dim) {
   constexpr int64_t kLong = 4096;  // mean queries of a sequence
   const AttentionProblem& a = p.problem;
   const JaggedParams& j = a.jagged;
-  const bool biased = a.relative.position_weight || a.relative.time_weight;
-  return !biased && !j.offsets_q && !a.looks_ahead() && !a.mask.leaves_gaps() &&
+  return !a.relative && !j.offsets_q && !a.looks_ahead() && !a.mask.leaves_gaps() &&
          (p.deterministic || padded_dim < 128 || j.total_q <= kLong * j.batch);
 }
 
