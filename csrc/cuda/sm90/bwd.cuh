@@ -355,7 +355,7 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          {},
                          params,
                          key_schedule(a),
-                         Tickets(scratch.key_tickets),
+                         C::kFinishes ? Tickets::of_cleared(scratch.progress.tickets) : Tickets(scratch.key_tickets),
                          scratch.cells,
                          scratch.sums,
                          scratch.progress,
@@ -375,7 +375,7 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
   const AttentionProblem& a = params.problem;
   if constexpr (C::kFinishes) {
     if (clears_all_sums()) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
-    HSTU_TRY(cudaMemsetAsync(scratch.progress.written, 0, scratch.progress.bytes, stream));
+    HSTU_TRY(cudaMemsetAsync(scratch.progress.tickets, 0, scratch.progress.bytes, stream));
     return attention_bwd_keys<C, T>(params, scratch, processors, stream);
   } else {
     HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));

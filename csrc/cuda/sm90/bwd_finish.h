@@ -5,7 +5,7 @@
 // the first. The first block that keeps some of a tile writes it, and the others wait until it has or, where kOrdered,
 // until the block before has had its turn: nothing needs clearing. Rows that no later block adds to are complete when
 // this block and those before it are through; the computing warpgroups convert them behind the next item but one, for
-// they are through by then. Who waits, waits for items taken earlier, so one of all always goes on.
+// they are through by then. Who waits, waits for items taken earlier, by blocks that run: one of all always goes on.
 #pragma once
 
 #include "cuda/ptx/tma.h"
@@ -158,30 +158,24 @@ struct FinishedRows {
   __device__ __forceinline__ void store(const SumRows& rows, const AttentionBwdParams& params, int first) const {
     if (first >= rows.end - rows.begin) return;
     const GlobalRows<T> to(params.grad_q, rows.row, rows.head, params.problem.dim_qk);
-    if (has_chunks(to)) {
-      store<true>(rows, to, first);
-    } else {
-      store<false>(rows, to, first);
-    }
-  }
-
-  template <bool kChunks>
-  __device__ __forceinline__ void store(const SumRows& rows, const GlobalRows<T>& to, int first) const {
     // Columns of the lane's chunk: 16 b + 2 (lane % 4) + {0, 1, 8, 9}.
     const int lane = ptx::thread_index() % 32, block = sum_chunk(rows.row + lane / 16, lane % 16 / 4, 0) / 4;
     const int row = first + lane / 16 + (lane & 2), col = block * 16 + (lane & 1) * 8;
     T* const target = to.data + row * to.row_stride + col;
+    by_chunks(to, [&](auto has_chunks) {
 #pragma unroll
-    for (int part = 0; part < C::kPanels; ++part) {
+      for (int part = 0; part < C::kPanels; ++part) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float4 &a = x[part][2 * i], &b = x[part][2 * i + 1];
-        uint32_t y[4] = {pack(a.x, a.y, T{}), pack(a.z, a.w, T{}), pack(b.x, b.y, T{}), pack(b.z, b.w, T{})};
-        transpose_quad(y);
-        const int left = row + 4 * i < rows.end - rows.begin ? to.dim - col - part * kPanel : 0;
-        store_chunk<kChunks>(target + 4 * i * to.row_stride + part * kPanel, left, make_uint4(y[0], y[1], y[2], y[3]));
+        for (int i = 0; i < 4; ++i) {
+          const float4 &a = x[part][2 * i], &b = x[part][2 * i + 1];
+          uint32_t y[4] = {pack(a.x, a.y, T{}), pack(a.z, a.w, T{}), pack(b.x, b.y, T{}), pack(b.z, b.w, T{})};
+          transpose_quad(y);
+          const int left = row + 4 * i < rows.end - rows.begin ? to.dim - col - part * kPanel : 0;
+          store_chunk(has_chunks, target + 4 * i * to.row_stride + part * kPanel, left,
+                      make_uint4(y[0], y[1], y[2], y[3]));
+        }
       }
-    }
+    });
   }
 };
 

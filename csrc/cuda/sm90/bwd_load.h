@@ -40,8 +40,8 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
     state.barrier.job.empty[found.stage<kBwdJobs>()].wait(found.round<kBwdJobs>() ^ 1);
     if (found.count > 0) state.barrier.wanted.wait(found.before().round<1>());
     const Tickets& tickets = arguments.tickets;
-    const WorkItem item =
-        find_work_inline<C::kKeys, true>(arguments.schedule, found.count == 0 ? tickets.first() : tickets.next());
+    const bool own = found.count == 0 && tickets.has_own();
+    const WorkItem item = find_work_inline<C::kKeys, true>(arguments.schedule, own ? tickets.first() : tickets.next());
     BwdJob& job = state.jobs[found.stage<kBwdJobs>()];
     const bool more = item.block >= 0;
     if (find_lane() == 0) {

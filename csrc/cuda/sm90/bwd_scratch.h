@@ -57,8 +57,9 @@ inline bool table_grads_have_wide_cells(const AttentionBwdParams& p, int padded_
 struct SumProgress {
   static constexpr int kTile = 64, kLeastKeys = 128;  // queries of a tile, keys of a block: set_sum_rows counts on both
 
-  unsigned* written = nullptr;  // [heads][tiles][parts]
-  unsigned* added = nullptr;    // [heads][blocks]
+  TicketCounters* tickets = nullptr;  // of items
+  unsigned* written = nullptr;        // [heads][tiles][parts]
+  unsigned* added = nullptr;          // [heads][blocks]
   int64_t tiles = 0, blocks = 0;
   size_t bytes = 0;
 
@@ -66,9 +67,11 @@ struct SumProgress {
     SumProgress p;
     p.tiles = a.jagged.total_q / kTile + a.jagged.batch;
     p.blocks = a.jagged.total_kv / kLeastKeys + a.jagged.batch;
-    p.bytes = (p.tiles * parts + p.blocks) * a.heads * sizeof(unsigned);
-    p.written = static_cast<unsigned*>(scratch.take(p.bytes));
-    p.added = p.written ? p.written + p.tiles * parts * a.heads : nullptr;
+    p.bytes = sizeof(TicketCounters) + (p.tiles * parts + p.blocks) * a.heads * sizeof(unsigned);
+    p.tickets = static_cast<TicketCounters*>(scratch.take(p.bytes));
+    if (!p.tickets) return p;
+    p.written = reinterpret_cast<unsigned*>(p.tickets + 1);
+    p.added = p.written + p.tiles * parts * a.heads;
     return p;
   }
 };

@@ -2,6 +2,8 @@
 // of those of a cluster.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/ptx/cluster.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/memory.h"
@@ -11,17 +13,21 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// Does each eight columns either lie on 16 bytes or not exist? Then they are stored without a branch, so that what one
-// store waits for is hidden behind others.
-template <class T>
-__device__ __forceinline__ bool has_chunks(const GlobalRows<T>& to) {
-  return to.aligned && to.dim % 8 == 0;
+// store(whether each eight columns either lie on 16 bytes or do not exist, as a constant): then they are stored without
+// a branch, so that what one store waits for is hidden behind others.
+template <class T, class F>
+__device__ __forceinline__ void by_chunks(const GlobalRows<T>& to, F&& store) {
+  if (to.aligned && to.dim % 8 == 0) {
+    store(std::true_type{});
+  } else {
+    store(std::false_type{});
+  }
 }
 
-// The first `left` of eight columns, if there are any; kChunks: as above.
-template <bool kChunks, class T>
-__device__ __forceinline__ void store_chunk(T* target, int left, const uint4& chunk) {
-  if (kChunks) {
+// The first `left` of eight columns, if there are any.
+template <class HasChunks, class T>
+__device__ __forceinline__ void store_chunk(HasChunks, T* target, int left, const uint4& chunk) {
+  if (HasChunks::value) {
     ptx::st_global_if(left > 0, target, chunk);
   } else {
     scatter_chunk(target, chunk, left);
@@ -30,40 +36,33 @@ __device__ __forceinline__ void store_chunk(T* target, int left, const uint4& ch
 
 // Accumulators of a warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from
 // `first` on that exist, by way of `staging`, which has room for 64 columns of them.
-template <bool kChunks, class T, int kValues>
+template <class T, int kValues>
 __device__ __forceinline__ void store_staged(const SmemTile<T, 64>& staging, const GlobalRows<T>& to, int first,
                                              int rows, const float (&acc)[kValues], float low, float high) {
   const int lane = ptx::thread_index() % 32, row = lane / 8, chunk = lane % 8;  // read again: see thread_index
   T* const target = to.data + (first + row) * to.row_stride + chunk * 8;
+  by_chunks(to, [&](auto has_chunks) {
 #pragma unroll
-  for (int panel = 0; panel < kValues / 32; ++panel) {
+    for (int panel = 0; panel < kValues / 32; ++panel) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* x = &acc[panel * 32 + i * 8];
-      const uint32_t r[4] = {pack(x[0] * low, x[1] * low, T{}), pack(x[2] * high, x[3] * high, T{}),
-                             pack(x[4] * low, x[5] * low, T{}), pack(x[6] * high, x[7] * high, T{})};
-      ptx::stmatrix_x4(staging.at(lane % 16, i * 2 + lane / 16), r);
+      for (int i = 0; i < 4; ++i) {
+        const float* x = &acc[panel * 32 + i * 8];
+        const uint32_t r[4] = {pack(x[0] * low, x[1] * low, T{}), pack(x[2] * high, x[3] * high, T{}),
+                               pack(x[4] * low, x[5] * low, T{}), pack(x[6] * high, x[7] * high, T{})};
+        ptx::stmatrix_x4(staging.at(lane % 16, i * 2 + lane / 16), r);
+      }
+      __syncwarp();
+      uint4 chunks[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) chunks[i] = ptx::ld_shared_u4(staging.at(row + 4 * i, chunk));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int left = exists(first + row + 4 * i, rows) ? to.dim - chunk * 8 - panel * 64 : 0;
+        store_chunk(has_chunks, target + 4 * i * to.row_stride + panel * 64, left, chunks[i]);
+      }
+      __syncwarp();
     }
-    __syncwarp();
-    uint4 chunks[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) chunks[i] = ptx::ld_shared_u4(staging.at(row + 4 * i, chunk));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int left = exists(first + row + 4 * i, rows) ? to.dim - chunk * 8 - panel * 64 : 0;
-      store_chunk<kChunks>(target + 4 * i * to.row_stride + panel * 64, left, chunks[i]);
-    }
-    __syncwarp();
-  }
-}
-template <class T, int kValues>
-__device__ __forceinline__ void store_staged(const SmemTile<T, 64>& staging, const GlobalRows<T>& to, int first,
-                                             int rows, const float (&acc)[kValues], float low, float high) {
-  if (has_chunks(to)) {
-    store_staged<true>(staging, to, first, rows, acc, low, high);
-  } else {
-    store_staged<false>(staging, to, first, rows, acc, low, high);
-  }
+  });
 }
 
 // A warp's 16 rows, from query `first` of the job's sequence on. Rows past the last query and columns past the last

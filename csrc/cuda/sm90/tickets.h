@@ -2,6 +2,9 @@
 //
 // The memory holds anything at the start, so block 0 writes the counters and then a tag that no other launch has;
 // everybody else waits for the tag. Whoever asks last takes it away, so that a replay of the same launch starts anew.
+//
+// Where items wait for earlier ones, a block must not have one before it runs: others would wait for as long as other
+// kernels keep it from its processor. There the host clears the memory, and blocks ask for their first number, too.
 #pragma once
 
 #include <atomic>
@@ -20,7 +23,6 @@ struct TicketCounters {
 
 class Tickets {
  public:
-  Tickets() = default;
   // `memory`: room for TicketCounters; null: each block (or cluster) takes one item, that of its number.
   explicit Tickets(void* memory) : counters_(static_cast<TicketCounters*>(memory)) {
     static std::atomic<unsigned long long> launches{0};
@@ -29,9 +31,18 @@ class Tickets {
     tag_ = x ^ x >> 27;
   }
 
+  // The same from memory that is cleared before each launch.
+  static Tickets of_cleared(void* memory) {
+    Tickets t;
+    t.counters_ = static_cast<TicketCounters*>(memory);
+    return t;
+  }
+
+  // Has each block (or cluster) a first number of its own?
+  __device__ bool has_own() const { return tag_ != 0; }
   // Once in block 0, before anyone can get a ticket.
   __device__ void open() const {
-    if (!counters_) return;
+    if (!counters_ || tag_ == 0) return;
     counters_->next = gridDim.x, counters_->done = 0;
     ptx::st_release(&counters_->tag, tag_);
   }
@@ -41,10 +52,11 @@ class Tickets {
     await_open();
     return next();
   }
-  // The same in steps, for those who have something else to do meanwhile. The second: once, before the third.
+  // The same in steps, for those who have something else to do meanwhile: the first where has_own(), the second once,
+  // before the third.
   __device__ int64_t first() const { return blockIdx.x / ptx::cluster_size(); }
   __device__ void await_open() const {
-    if (counters_ && lane_id() == 0) await_tag();
+    if (counters_ && tag_ != 0 && lane_id() == 0) await_tag();
     __syncwarp();
   }
   __device__ unsigned ask() const { return counters_ && lane_id() == 0 ? atomicAdd(&counters_->next, 1u) : 0; }
@@ -52,19 +64,20 @@ class Tickets {
   __device__ int64_t next() const { return answer(ask()); }
   // Once in each block, by one lane, when it has taken its last.
   __device__ void close() const {
-    if (!counters_) return;
+    if (!counters_ || tag_ == 0) return;
     await_tag();  // block 0 would not know of who was done before it counted
     if (atomicAdd(&counters_->done, 1u) == gridDim.x - 1) counters_->tag = 0;
   }
 
  private:
+  Tickets() = default;
   __device__ void await_tag() const {
     while (ptx::ld_acquire(&counters_->tag) != tag_) {
     }
   }
 
   TicketCounters* counters_ = nullptr;
-  unsigned long long tag_ = 0;
+  unsigned long long tag_ = 0;  // 0: cleared
 };
 
 }  // namespace hstu_ops::cuda::sm90
