@@ -365,8 +365,13 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
   if (Status s = make_tensor_maps(arguments, params, C::kQueries, C::kKeys); !s.ok()) return s;
   widen_last_group(arguments.schedule, C::kKeys, processors);
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
-  return launch<attention_bwd_kernel<C, T>, false>(arguments, items < processors ? items : processors, C::kThreads,
-                                                   C::kSharedBytes, stream);
+  const auto start = [&](auto after) {
+    return launch<attention_bwd_kernel<C, T>, after.value>(arguments, items < processors ? items : processors,
+                                                           C::kThreads, C::kSharedBytes, stream);
+  };
+  if constexpr (C::kBias)
+    if (scratch.after_tables && !scratch.tables.exact()) return start(std::true_type{});
+  return start(std::false_type{});
 }
 
 template <class C, class T>
@@ -378,7 +383,7 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
     HSTU_TRY(cudaMemsetAsync(scratch.progress.tickets, 0, scratch.progress.bytes, stream));
     return attention_bwd_keys<C, T>(params, scratch, processors, stream);
   } else {
-    HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
+    if (!scratch.cleared_by_tables) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
     if (Status s = attention_bwd_keys<C, T>(params, scratch, processors, stream); !s.ok()) return s;
     return convert_sums<T>({params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels}, processors,
                            stream);
@@ -440,12 +445,11 @@ Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch&
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
   const BwdScratch scratch(params, kDim, memory);
-  const TableSums &position = scratch.tables.position, &time = scratch.tables.time;
-  for (const TableSums* t : {&position, &time})
+  for (const TableSums* t : {&scratch.tables.position, &scratch.tables.time})
     if (t->sums) HSTU_TRY(cudaMemsetAsync(t->start(), 0, t->bytes(), stream));
-  if (Status s = attention_bwd_biased<T, kDim>(params, scratch, processors, stream); !s.ok()) return s;
-  if (!position.sums && !time.sums) return {};
-  return attention_table_grads<T, kDim>(params, scratch, processors, stream);
+  if (scratch.after_tables)
+    if (Status s = attention_table_grads<T, kDim>(params, scratch, processors, stream); !s.ok()) return s;
+  return attention_bwd_biased<T, kDim>(params, scratch, processors, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

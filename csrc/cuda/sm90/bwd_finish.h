@@ -8,6 +8,7 @@
 // they are through by then. Who waits, waits for items taken earlier, by blocks that run: one of all always goes on.
 #pragma once
 
+#include "cuda/ptx/dependent.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_storage.h"
 #include "cuda/sm90/bwd_store.h"
@@ -69,6 +70,7 @@ struct SumAdder {
   unsigned item = 0, finished = 0;  // what was added last belongs to; whose rows are the next to become complete
 
   __device__ void run() {
+    if (C::kBias) ptx::wait_for_prerequisites();  // the sums are cleared
 #pragma unroll 1
     for (Ring<kPlaces> ring;; ring.next()) {
       const int place = first + ring.stage;

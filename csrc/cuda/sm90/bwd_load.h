@@ -1,6 +1,7 @@
 // The warps of the Hopper backward that feed the others: one finds items, one requests their tiles.
 #pragma once
 
+#include "cuda/ptx/dependent.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/bwd_bias_prepare.h"
 #include "cuda/sm90/bwd_finish.h"
@@ -57,6 +58,7 @@ __device__ void find_blocks(const BwdArguments& arguments, const BwdStorage<C, T
     if (found.count == 0) tickets.await_open();
   }
   if (find_lane() == 0) arguments.tickets.close();
+  if (C::kBias) ptx::wait_for_prerequisites();  // whoever waits for this kernel means that of the tables, too
 }
 
 // ---- the loading warp ----

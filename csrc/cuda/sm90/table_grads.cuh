@@ -9,6 +9,7 @@
 // in shared memory: buckets hardly change along a diagonal.
 //
 //   find     | bands of the next item            (near the end of the item before)
+//   clear    | sums of dQ, for the kernel that follows
 //   load     | K0 V0 Q0 dO0 | K1 V1 Q1 dO1 | ...          (each used by the three groups, K and V one step apart)
 //   compute  |  S = Q K^T, dP = dO V^T | dS, sums | S, dP of the next step ...
 //
@@ -420,6 +421,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     state.init();
     if (blockIdx.x == 0) arguments.tickets.open();
+    ptx::launch_dependents();  // what follows needs only the cleared sums, and waits for them
   }
   __syncthreads();
   if (threadIdx.x < 128) {
@@ -429,6 +431,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       TableLoader<C>{arguments, shared, {}, {}, {}}.run();
     } else if (warp == 1) {
       find_bands(arguments, shared);
+    } else if (warp == 2) {
+      clear_sums(arguments, shared);
     }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
@@ -456,6 +460,8 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, const 
                            Tickets(scratch.bias_tickets),
                            scratch.tables,
                            scratch.table_cells,
+                           reinterpret_cast<float4*>(scratch.sums),
+                           static_cast<int64_t>(scratch.cleared_by_tables ? scratch.sum_bytes / sizeof(float4) : 0),
                            heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
   if (Status s = make_tensor_maps(arguments, params, kTableTile, kTableTile); !s.ok()) return s;

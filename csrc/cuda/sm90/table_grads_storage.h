@@ -26,7 +26,9 @@ struct TableArguments {
   Schedule schedule;
   Tickets tickets;
   TableGrads tables;
-  void* cells;  // of WideCells
+  void* cells;      // of WideCells
+  float4* cleared;  // to be zeroed beside all else: sums of dQ (bwd_sums.h), or none
+  int64_t cleared_count;
   int heads;    // whose dS are added up before they are summed: more than one only where they share the tables
   float alpha;  // times the argument of SiLU
 };
@@ -42,10 +44,12 @@ struct TableState {
   TableJob jobs[kTableJobs];
   StepPart parts[kTableParts];
   StepTile steps[C::kSteps];
-  Job item;     // of the finding warp, which may have more bands of it
-  bool rising;  // see TableJob
+  Job item;                 // of the finding warp, which may have more bands of it
+  bool rising;              // see TableJob
+  volatile bool found_all;  // there are no more jobs
 
   __device__ void init() {
+    found_all = false;
     job.init(1, C::kWarps + 1), part.init(1, 1), wanted.init(1);
     for (ptx::Mbarrier& b : tiles) b.init(2);
     for (ptx::Mbarrier& b : query_empty) b.init(C::kWarps);
