@@ -139,7 +139,8 @@ struct BwdComputer : BwdGroup<C, T> {
     Bits bits;
     {
       Scores s, d;
-      constexpr bool kGradsFirst = kStarts && !C::kTurns;  // the bias beside dP'; by turns it would spill 4 bytes
+      // The bias beside dP'; a dense one by turns would spill.
+      constexpr bool kGradsFirst = C::kBias || (C::kDense && !C::kTurns);
       if (!kGradsFirst) start_scores(job, tile, items, tiles, s);
       if (!tile.covered(group)) bits = keep_bits(job, tile);
       ptx::wgmma_fence();

@@ -160,15 +160,23 @@ class BwdNoter {
 
   // Of 16 keys, or of the queries of a tile, whose times do not rise, the ends are such that TimeEnds is not ordinary.
   __device__ __forceinline__ void read_keys(const Job& job, BwdRows<C>& rows) const {
-    const TimeTerm time = times(job);
-#pragma unroll 3
-    for (int i = lane_id(); i < C::kKeys; i += 32) {
-      const long long t = B::time(time.key_time(first_key(job) + i)), next = __shfl_down_sync(~0u, t, 1);
-      rows.times[i] = static_cast<int>(t);
-      const unsigned falls = __ballot_sync(~0u, lane_id() % 16 < 15 && t < next) >> (lane_id() & 16);
-      longlong2& ends = rows.ends[i / 16];
-      if (lane_id() % 16 == 0) ends.y = falls & 0xffff ? INT64_MAX : t;
-      if (lane_id() % 16 == 15) ends.x = falls & 0xffff ? INT64_MIN : t;
+    constexpr int kCount = C::kKeys / 32;
+    long long t[kCount];  // requested together
+    {
+      const TimeTerm time = times(job);
+      const int first = first_key(job) + Lane().id;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) t[i] = time.key_time(first + i * 32);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int lane = Lane().id;
+      const long long x = B::time(t[i]), next = __shfl_down_sync(~0u, x, 1);
+      rows.times[i * 32 + lane] = static_cast<int>(x);
+      const unsigned falls = __ballot_sync(~0u, lane % 16 < 15 && x < next) >> (lane & 16);
+      longlong2& ends = rows.ends[i * 2 + lane / 16];
+      if (lane % 16 == 0) ends.y = falls & 0xffff ? INT64_MAX : x;
+      if (lane % 16 == 15) ends.x = falls & 0xffff ? INT64_MIN : x;
     }
     __syncwarp();
   }
