@@ -468,7 +468,7 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, const 
   widen_last_group(arguments.schedule, C::kGroups * kTableTile, processors, false, 1.5);
   const int64_t items =
       most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, arguments.schedule.heads);
-  const Status status = launch<attention_table_grads_kernel<C, T, kLines>, true>(
+  const Status status = launch<attention_table_grads_kernel<C, T, kLines>, false>(
       arguments, items < processors ? items : processors, C::kThreads, C::kSharedBytes, stream);
   if (!status.ok() || !scratch.tables.exact()) return status;
   const int64_t blocks = (scratch.tables.entries() + 255) / 256;

@@ -74,7 +74,6 @@ __device__ void find_bands(const TableArguments& arguments, const TableStorage<C
     find_steps(state, job, parts);
   }
   if (lane_id() == 0) arguments.tickets.close(), state.found_all = true;
-  ptx::wait_for_prerequisites();  // nothing here needs them, but whoever waits for this kernel means both
 }
 
 // ---- the clearing warp ----
