@@ -69,8 +69,8 @@ def sanitized(tool: str, backend: str, *arguments: str) -> tuple[int | None, boo
     """How many errors the tool found, None where it did not get to the end; whether all cases ran; its output."""
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=hstu_ops", "--print-limit", "20"]
     environment = {**os.environ, **({"HSTU_OPS_BACKEND": backend} if backend else {})}
-    if tool == "initcheck":  # sums of dQ, which the copy engine writes
-        environment["HSTU_OPS_CLEAR_SUMS"] = "1"
+    if tool == "initcheck":  # what the copy engine writes, or is polled until it is written
+        environment["HSTU_OPS_CLEAR_SCRATCH"] = "1"
     done = subprocess.run(
         [*command, sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment, check=False
     )

@@ -380,7 +380,7 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
                           cudaStream_t stream) {
   const AttentionProblem& a = params.problem;
   if constexpr (C::kFinishes) {
-    if (clears_all_sums()) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
+    if (clears_scratch()) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
     HSTU_TRY(cudaMemsetAsync(scratch.progress.tickets, 0, scratch.progress.bytes, stream));
     return attention_bwd_keys<C, T>(params, scratch, processors, stream);
   } else {
@@ -419,6 +419,7 @@ template <class T, int kDim>
 Status attention_bwd_dense(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
   const BwdScratch scratch(params, kDim, memory);
   if (params.grad_bias) {
+    if (clears_scratch()) HSTU_TRY(cudaMemsetAsync(scratch.bias_tickets, 0, sizeof(TicketCounters), stream));
     const Status s = attention_dense_grads<T, kDim>(params, scratch.bias_tickets, processors, stream);
     if (!s.ok()) return s;
   }
