@@ -366,13 +366,9 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
   if (Status s = make_tensor_maps(arguments, params, C::kQueries, C::kKeys); !s.ok()) return s;
   widen_last_group(arguments.schedule, C::kKeys, processors);
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
-  const auto start = [&](auto after) {
-    return launch<attention_bwd_kernel<C, T>, after.value>(arguments, items < processors ? items : processors,
-                                                           C::kThreads, C::kSharedBytes, stream);
-  };
-  if constexpr (C::kBias)
-    if (scratch.after_tables && !scratch.tables.exact()) return start(std::true_type{});
-  return start(std::false_type{});
+  const bool behind_tables = C::kBias && scratch.tables.any() && !scratch.tables.exact();
+  return launch<attention_bwd_kernel<C, T>>(arguments, items < processors ? items : processors, C::kThreads,
+                                            C::kSharedBytes, stream, behind_tables);
 }
 
 template <class C, class T>
@@ -384,7 +380,7 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
     HSTU_TRY(cudaMemsetAsync(scratch.progress.tickets, 0, scratch.progress.bytes, stream));
     return attention_bwd_keys<C, T>(params, scratch, processors, stream);
   } else {
-    if (!scratch.cleared_by_tables) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
+    if (!scratch.tables.any()) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
     if (Status s = attention_bwd_keys<C, T>(params, scratch, processors, stream); !s.ok()) return s;
     return convert_sums<T>({params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels}, processors,
                            stream);
@@ -443,13 +439,13 @@ template <class T, int kDim>
 Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch& scratch, int processors,
                              cudaStream_t stream);
 
-// With a relative bias. Table gradients are wanted or not.
+// With a relative bias. Table gradients, where they are wanted, come first: their kernel clears the sums of dQ.
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
   const BwdScratch scratch(params, kDim, memory);
   for (const TableSums* t : {&scratch.tables.position, &scratch.tables.time})
     if (t->sums) HSTU_TRY(cudaMemsetAsync(t->start(), 0, t->bytes(), stream));
-  if (scratch.after_tables)
+  if (scratch.tables.any())
     if (Status s = attention_table_grads<T, kDim>(params, scratch, processors, stream); !s.ok()) return s;
   return attention_bwd_biased<T, kDim>(params, scratch, processors, stream);
 }

@@ -375,8 +375,8 @@ Status attention_bwd_queries(const AttentionBwdParams& params, const BwdScratch&
                                 ScoreFactors(a.alpha, Score<T>::kArgument, !std::is_same_v<Bias, NoBias>)};
   widen_last_group(arguments.schedule, C::kRows, processors);
   if (Status s = make_tensor_maps(arguments, params, C::kRows, C::kCols); !s.ok()) return s;
-  return launch<attention_bwd_queries_kernel<C, T>, true>(arguments, items < processors ? items : processors,
-                                                          C::kThreads, C::kSharedBytes, stream);
+  return launch<attention_bwd_queries_kernel<C, T>>(arguments, items < processors ? items : processors, C::kThreads,
+                                                    C::kSharedBytes, stream, true);
 }
 
 }  // namespace hstu_ops::cuda::sm90

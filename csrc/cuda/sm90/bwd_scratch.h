@@ -84,8 +84,6 @@ struct BwdScratch {
   SumProgress progress;
   TableGrads tables;
   size_t sum_bytes = 0, bytes;
-  // The kernel for gradients of the tables comes first: is it there, and does it clear the sums beside all else?
-  bool after_tables, cleared_by_tables;
 
   // `memory` may be null when only the size matters.
   BwdScratch(const AttentionBwdParams& p, int padded_dim, void* memory) {
@@ -102,7 +100,6 @@ struct BwdScratch {
       progress = SumProgress::plan(a, padded_dim / kPanel, scratch);
     }
     tables = TableGrads::plan(p, scratch);
-    after_tables = tables.position.sums || tables.time.sums, cleared_by_tables = after_tables && sum_bytes > 0;
     bytes = scratch.bytes();
   }
 };

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(256) convert_sums_kernel(const __grid_constant
 template <class T>
 Status convert_sums(const SumsArguments& a, int processors, cudaStream_t stream) {
   const int64_t blocks = (a.total + 63) / 64 * a.heads * a.parts, most = processors * 32;
-  return launch<convert_sums_kernel<T>, true>(a, blocks < most ? blocks : most, 256, 0, stream);
+  return launch<convert_sums_kernel<T>>(a, blocks < most ? blocks : most, 256, 0, stream, true);
 }
 
 }  // namespace hstu_ops::cuda::sm90

@@ -404,8 +404,8 @@ Status attention_dense_grads(const AttentionBwdParams& params, void* tickets, in
   if (Status s = make_tensor_maps(arguments, params, C::kTile, C::kTile); !s.ok()) return s;
   if (parts > 1)
     HSTU_TRY(cudaMemsetAsync(params.grad_bias, 0, sizeof(float) * matrices * a.dense.size * a.dense.size, stream));
-  return launch<attention_dense_grads_kernel<C, T>, false>(arguments, items < processors ? items : processors,
-                                                           C::kThreads, C::kSharedBytes, stream);
+  return launch<attention_dense_grads_kernel<C, T>>(arguments, items < processors ? items : processors, C::kThreads,
+                                                    C::kSharedBytes, stream);
 }
 
 }  // namespace hstu_ops::cuda::sm90

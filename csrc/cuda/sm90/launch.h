@@ -20,10 +20,11 @@ Status allow_shared_memory(int device, int bytes) {
   return {};
 }
 
-// kAfter: this kernel may start once all blocks of the one before it in the stream have called launch_dependents() or
+// early: this kernel may start once all blocks of the one before it in the stream have called launch_dependents() or
 // left; it must itself call wait_for_prerequisites().
-template <auto kKernel, bool kAfter, class Arguments>
-Status launch(const Arguments& arguments, int64_t blocks, int threads, int shared_bytes, cudaStream_t stream) {
+template <auto kKernel, class Arguments>
+Status launch(const Arguments& arguments, int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+              bool early = false) {
   if (shared_bytes > 0) {
     int device = 0;
     HSTU_TRY(cudaGetDevice(&device));
@@ -34,7 +35,7 @@ Status launch(const Arguments& arguments, int64_t blocks, int threads, int share
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(blocks), config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream, config.attrs = &attribute, config.numAttrs = kAfter;
+  config.stream = stream, config.attrs = &attribute, config.numAttrs = early;
   HSTU_TRY(cudaLaunchKernelEx(&config, kKernel, arguments));
   return {};
 }

@@ -461,19 +461,19 @@ Status attention_table_grads(const AttentionBwdParams& params, int heads, const 
                            scratch.tables,
                            scratch.table_cells,
                            reinterpret_cast<float4*>(scratch.sums),
-                           static_cast<int64_t>(scratch.cleared_by_tables ? scratch.sum_bytes / sizeof(float4) : 0),
+                           static_cast<int64_t>(scratch.sum_bytes / sizeof(float4)),
                            heads,
                            static_cast<float>(a.alpha) * Score<T>::kArgument};
   if (Status s = make_tensor_maps(arguments, params, kTableTile, kTableTile); !s.ok()) return s;
   widen_last_group(arguments.schedule, C::kGroups * kTableTile, processors, false, 1.5);
   const int64_t items =
       most_items(a.jagged.total_kv, a.jagged.batch, C::kGroups * kTableTile, arguments.schedule.heads);
-  const Status status = launch<attention_table_grads_kernel<C, T, kLines>, false>(
+  const Status status = launch<attention_table_grads_kernel<C, T, kLines>>(
       arguments, items < processors ? items : processors, C::kThreads, C::kSharedBytes, stream);
   if (!status.ok() || !scratch.tables.exact()) return status;
   const int64_t blocks = (scratch.tables.entries() + 255) / 256;
-  return launch<round_tables_kernel<T>, true>(scratch.tables, blocks < processors ? blocks : processors, 256, 0,
-                                              stream);
+  return launch<round_tables_kernel<T>>(scratch.tables, blocks < processors ? blocks : processors, 256, 0, stream,
+                                        true);
 }
 
 // The gradients of the tables that are wanted, added to what is there. Exact sums, if there are any, replace it.

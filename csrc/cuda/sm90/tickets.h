@@ -42,7 +42,7 @@ class Tickets {
   __device__ bool has_own() const { return tag_ != 0; }
   // Once in block 0, before anyone can get a ticket.
   __device__ void open() const {
-    if (!counters_ || tag_ == 0) return;
+    if (!counters_ || !has_own()) return;
     counters_->next = gridDim.x, counters_->done = 0;
     ptx::st_release(&counters_->tag, tag_);
   }
@@ -56,7 +56,7 @@ class Tickets {
   // before the third.
   __device__ int64_t first() const { return blockIdx.x / ptx::cluster_size(); }
   __device__ void await_open() const {
-    if (counters_ && tag_ != 0 && lane_id() == 0) await_tag();
+    if (counters_ && has_own() && lane_id() == 0) await_tag();
     __syncwarp();
   }
   __device__ unsigned ask() const { return counters_ && lane_id() == 0 ? atomicAdd(&counters_->next, 1u) : 0; }
@@ -64,7 +64,7 @@ class Tickets {
   __device__ int64_t next() const { return answer(ask()); }
   // Once in each block, by one lane, when it has taken its last.
   __device__ void close() const {
-    if (!counters_ || tag_ == 0) return;
+    if (!counters_ || !has_own()) return;
     await_tag();  // block 0 would not know of who was done before it counted
     if (atomicAdd(&counters_->done, 1u) == gridDim.x - 1) counters_->tag = 0;
   }

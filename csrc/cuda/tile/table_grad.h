@@ -146,6 +146,7 @@ struct TableGrads {
     tables.time = table(p.grad_time_weight, r.num_boundaries + 1, r.time_head_stride);
     return tables;
   }
+  bool any() const { return position.sums || time.sums; }
   bool exact() const { return position.words || time.words; }
   int64_t entries() const { return position.entries + time.entries; }
   // Exact sums to fp32, by `threads` threads.
