@@ -13,6 +13,8 @@
 // well:
 //
 //   S', dP', P', dS' to buffers | barrier | request tile i + 1 | dV += P' dO | dQ = dS K | dK += dS' Q | wait, barrier
+//
+// Of two warps that share keys each may keep its half of P' and dS' in registers as well (kKeepsStep).
 #pragma once
 
 #include "core/launch.h"
@@ -167,11 +169,18 @@ struct BwdTile {
     multiply_fragment<T>(dk, f, shared.q.stage(stage, C::kQueries), step, 0);
   }
 
-  // This warp's step of P' and dS' into shared memory.
+  // A step of P' and dS', as operands.
+  using Operand = Fragment<T, C::kM, C::kStep / 8>;
+  struct Step {
+    Operand p, ds;
+  };
+  __device__ static int own_step() { return warp() / C::kKeyWarps * C::kStep; }
+
+  // This warp's step, also into shared memory.
   template <bool kRowScale>
-  __device__ __forceinline__ void exchange(const Bias& bias, typename Bias::GradState& state, const TileState& at,
+  __device__ __forceinline__ Step exchange(const Bias& bias, typename Bias::GradState& state, const TileState& at,
                                            int stage) const {
-    const int step = warp() / C::kKeyWarps * C::kStep;
+    const int step = own_step();
     Scores s, d;
     prepare(bias, at.tile());
     const BiasTile offsets = bias_tile(bias, at.tile(), step);
@@ -180,6 +189,7 @@ struct BwdTile {
     put_accumulator<T>(shared.ds.stage(1, C::kKeys), warp_key(), step, s, [](int) { return 1.f; });
     offsets.template add_grad<T>(d, tables(), state, scratch);
     put_accumulator<T>(shared.ds, warp_key(), step, d, [](int) { return 1.f; });
+    return {Operand(s), Operand(d)};
   }
 
   __device__ __forceinline__ void apply_row_scale(int query, Scores& s, Scores& d) const {
@@ -247,26 +257,40 @@ struct BwdTile {
     turn.pass();
   }
 
-  __device__ __forceinline__ void multiply_dv(int stage) {
-    multiply_tiles<T, C::kQueries>(dv, shared.ds.stage(1, C::kKeys), warp_key(), shared.g.stage(stage, C::kQueries),
-                                   own_col());
-  }
-  template <class Between>
-  __device__ __forceinline__ void multiply_dk(int stage, Between&& between) {
-    multiply_tiles<T, C::kQueries>(dk, shared.ds, warp_key(), shared.q.stage(stage, C::kQueries), own_col(), between);
-  }
-
   // dQ before dK: additions, a few after each step of dK, do not keep operands waiting as all at once do. (With two
   // blocks an SM those of one fall into products of the other.)
   static constexpr int kParts = C::kQueryM * kSumCols * 16 / C::kQueries;  // a step
   static constexpr bool kSpread = C::kExchange && C::kBlocks == 1 && kIs16Bit<T> && kSumCols * 8 == C::kQueryDim &&
                                   kParts * C::kQueries == C::kQueryM * kSumCols * 16;
+  // Is a warp's own step of P' and dS' not read back? Neither a bias nor 256 dimensions leave registers for that.
+  static constexpr bool kKeepsStep = kSpread && C::kSplit == 2 && C::kDim <= 128 && std::is_same_v<Bias, NoBias>;
 
-  __device__ __forceinline__ void multiply_spread(int tile, int stage) {
-    multiply_dv(stage);
+  // P' dO or dS' Q, added to `to`; after each step of 16 queries comes between(step). kKeeps: `own` is this warp's
+  // step.
+  template <bool kKeeps, class Sums, class Tile, class Rows, class Between>
+  __device__ __forceinline__ void multiply_scores(Sums& to, const Operand& own, const Tile& scores, const Rows& right,
+                                                  Between&& between) const {
+    if constexpr (kKeeps) {
+      multiply_fragment<T>(to, own, right, own_step(), own_col(), between);
+      const auto behind = [&](int step) { between(C::kStep / 16 + step); };
+      multiply_tiles<T, C::kStep>(to, scores, warp_key(), right, own_col(), behind, C::kStep - own_step());
+    } else {
+      multiply_tiles<T, C::kQueries>(to, scores, warp_key(), right, own_col(), between);
+    }
+  }
+  template <bool kKeeps>
+  __device__ __forceinline__ void multiply_dv(int stage, const Step& own) {
+    multiply_scores<kKeeps>(dv, own.p, shared.ds.stage(1, C::kKeys), shared.g.stage(stage, C::kQueries), Nothing{});
+  }
+  template <bool kKeeps, class Between>
+  __device__ __forceinline__ void multiply_dk(int stage, const Step& own, Between&& between) {
+    multiply_scores<kKeeps>(dk, own.ds, shared.ds, shared.q.stage(stage, C::kQueries), between);
+  }
+  __device__ __forceinline__ void multiply_spread(int tile, int stage, const Step& own) {
+    multiply_dv<kKeepsStep>(stage, own);
     const auto sums = sum_rows(tile);
     const QuerySums dq = multiply_dq(0, 0);
-    multiply_dk(stage, [&](int step) {
+    multiply_dk<kKeepsStep>(stage, own, [&](int step) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) sums.add(dq, step * kParts + i);
     });
@@ -307,8 +331,9 @@ struct BwdTile {
     constexpr int kOther = C::kStages - 1;
 #pragma unroll 1
     for (int stage = 0; current.exists(); stage ^= kOther) {
+      Step own = {};
       if (current.mine()) {
-        by_scale([&](auto per_row) { exchange<decltype(per_row)::value>(bias, state, current, stage); });
+        by_scale([&](auto per_row) { own = exchange<decltype(per_row)::value>(bias, state, current, stage); });
       } else if (own_col() == 0) {
         clear_ds(0);
       }
@@ -317,11 +342,11 @@ struct BwdTile {
       if (C::kStages == 2 && next.exists()) load_queries(next.tile(), stage ^ kOther);
       ptx::cp_async_commit();
       if (kSpread && current.mine() && !job.ordered) {
-        multiply_spread(current.tile(), stage);
+        multiply_spread(current.tile(), stage, own);
       } else {
         if (current.mine()) {
-          multiply_dv(stage);
-          multiply_dk(stage, Nothing{});
+          multiply_dv<false>(stage, own);
+          multiply_dk<false>(stage, own, Nothing{});
         }
         finish_tile(current.tile(), 0);
       }

@@ -13,17 +13,6 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// store(whether each eight columns either lie on 16 bytes or do not exist, as a constant): then they are stored without
-// a branch, so that what one store waits for is hidden behind others.
-template <class T, class F>
-__device__ __forceinline__ void by_chunks(const GlobalRows<T>& to, F&& store) {
-  if (to.aligned && to.dim % 8 == 0) {
-    store(std::true_type{});
-  } else {
-    store(std::false_type{});
-  }
-}
-
 // The first `left` of eight columns, if there are any.
 template <class HasChunks, class T>
 __device__ __forceinline__ void store_chunk(HasChunks, T* target, int left, const uint4& chunk) {

@@ -13,6 +13,7 @@ template <class T, int kM, int kN>
 struct Fragment {
   uint32_t x[kM][kN / 2][4];
 
+  Fragment() = default;
   __device__ __forceinline__ explicit Fragment(const Accumulator<kM, kN>& a) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -28,6 +29,7 @@ template <int kM, int kN>
 struct Fragment<Tf32, kM, kN> {
   uint32_t x[kM][kN][4];
 
+  Fragment() = default;
   // Even columns first: see product_tf32.h.
   __device__ __forceinline__ explicit Fragment(const Accumulator<kM, kN>& a) {
 #pragma unroll
@@ -43,6 +45,7 @@ template <int kM, int kN>
 struct Fragment<float, kM, kN> {
   float x[kM][kN][4];
 
+  Fragment() = default;
   __device__ __forceinline__ explicit Fragment(const Accumulator<kM, kN>& a) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)

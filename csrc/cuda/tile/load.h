@@ -137,25 +137,37 @@ __device__ __forceinline__ void scatter_chunk(T* to, uint4 chunk, int count) {
     if (i < count) to[i] = u.x[i];
 }
 
-// The reverse, by kThreads threads of which this one is `thread`: tile rows [tile_row, tile_row + kRows) to rows from
-// `first` on, stopping at `rows`.
+// store(whether each 16 bytes of columns either lie on 16 bytes or do not exist, as a constant): then they are stored
+// without a branch, so that what one store waits for is hidden behind others.
+template <class T, class F>
+__device__ __forceinline__ void by_chunks(const GlobalRows<T>& to, F&& store) {
+  if (to.aligned && to.dim % (16 / sizeof(T)) == 0) {
+    store(std::true_type{});
+  } else {
+    store(std::false_type{});
+  }
+}
+
+// The reverse of load_tile, by kThreads threads of which this one is `thread`: tile rows [tile_row, tile_row + kRows)
+// to rows from `first` on, stopping at `rows`.
 template <int kRows, int kThreads, class T, class Tile>
 __device__ __forceinline__ void store_tile(const Tile& tile, int tile_row, const GlobalRows<T>& to, int first, int rows,
                                            int thread) {
   constexpr int kPer = Tile::kPerChunk;
+  by_chunks(to, [&](auto has_chunks) {
 #pragma unroll 4
-  for (int at = thread; at < kRows * Tile::kChunks; at += kThreads) {
-    const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-    const int count = to.dim - chunk * kPer;
-    if (first + row >= rows || count <= 0) continue;
-    const uint4 x = ptx::ld_shared_u4(tile.at(tile_row + row, chunk));
-    T* target = to.data + (first + row) * to.row_stride + chunk * kPer;
-    if (to.aligned && count >= kPer) {
-      ptx::st_global(target, x);
-    } else {
-      scatter_chunk(target, x, count);
+    for (int at = thread; at < kRows * Tile::kChunks; at += kThreads) {
+      const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
+      const int left = first + row < rows ? to.dim - chunk * kPer : 0;
+      const uint4 x = ptx::ld_shared_u4(tile.at(tile_row + row, chunk));
+      T* const target = to.data + (first + row) * to.row_stride + chunk * kPer;
+      if (decltype(has_chunks)::value) {
+        ptx::st_global_if(left > 0, target, x);
+      } else {
+        scatter_chunk(target, x, left);
+      }
     }
-  }
+  });
 }
 
 // Accumulators, times factor(row), into rows from `row` and columns from `col` of a tile.

@@ -109,10 +109,15 @@ __device__ __forceinline__ void multiply_rows(Accumulator<kM, kN>& acc, const Ti
   }
 }
 
-// The left operand in registers, K rows of the right one: acc[i][j] += sum_k a[i][k] b[row_b + k][col_b + j].
-template <class T, int kM, int kK, int kN, class TileB>
+struct Nothing {
+  __device__ void operator()(int) const {}
+};
+
+// The left operand in registers, K rows of the right one: acc[i][j] += sum_k a[i][k] b[row_b + k][col_b + j]. After
+// step k of 16 along K comes between(k), with 16-bit types.
+template <class T, int kM, int kK, int kN, class TileB, class Between = Nothing>
 __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, const Fragment<T, kM, kK>& a,
-                                                  const TileB& b, int row_b, int col_b) {
+                                                  const TileB& b, int row_b, int col_b, Between&& between = {}) {
   const int lane = lane_id();
   if constexpr (kIs16Bit<T>) {
     const Cursor<TileB> cb(b, row_b + lane % 16, col_b / 8 + lane / 16);
@@ -125,6 +130,7 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
 #pragma unroll
         for (int m = 0; m < kM; ++m) mma_step<T, false>(acc, m, n, a.x[m][k], fb);
       }
+      between(k);
     }
   } else if constexpr (std::is_same_v<T, Tf32>) {
     multiply_fragment_tf32(acc, a, b, row_b, col_b);
@@ -143,19 +149,16 @@ __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, cons
   }
 }
 
-struct Nothing {
-  __device__ void operator()(int) const {}
-};
-
 // Rows of the left operand run along K, the right one has K rows: acc[i][j] += sum_k a[row_a + i][k] b[k][col_b + j].
-// After step k of 16 along K comes between(k).
+// After step k of 16 along K comes between(k). first: where K begins in both, 0 or, with 16-bit types, a power of two
+// that is at least kK.
 template <class T, int kK, int kM, int kN, class TileA, class TileB, class Between = Nothing>
 __device__ __forceinline__ void multiply_tiles(Accumulator<kM, kN>& acc, const TileA& a, int row_a, const TileB& b,
-                                               int col_b, Between&& between = {}) {
+                                               int col_b, Between&& between = {}, int first = 0) {
   const int lane = lane_id();
   if constexpr (kIs16Bit<T>) {
-    const Cursor<TileA> ca(a, row_a + lane % 16, lane / 16);
-    const Cursor<TileB> cb(b, lane % 16, col_b / 8 + lane / 16);
+    const Cursor<TileA> ca(a, row_a + lane % 16, first / 8 + lane / 16);
+    const Cursor<TileB> cb(b, first + lane % 16, col_b / 8 + lane / 16);
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k) {
       uint32_t fa[kM][4];
