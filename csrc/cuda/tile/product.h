@@ -118,6 +118,7 @@ struct Nothing {
 template <class T, int kM, int kK, int kN, class TileB, class Between = Nothing>
 __device__ __forceinline__ void multiply_fragment(Accumulator<kM, kN>& acc, const Fragment<T, kM, kK>& a,
                                                   const TileB& b, int row_b, int col_b, Between&& between = {}) {
+  static_assert(kIs16Bit<T> || std::is_same_v<std::decay_t<Between>, Nothing>);
   const int lane = lane_id();
   if constexpr (kIs16Bit<T>) {
     const Cursor<TileB> cb(b, row_b + lane % 16, col_b / 8 + lane / 16);
