@@ -13,16 +13,6 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// The first `left` of eight columns, if there are any.
-template <class HasChunks, class T>
-__device__ __forceinline__ void store_chunk(HasChunks, T* target, int left, const uint4& chunk) {
-  if (HasChunks::value) {
-    ptx::st_global_if(left > 0, target, chunk);
-  } else {
-    scatter_chunk(target, chunk, left);
-  }
-}
-
 // Accumulators of a warp's 16 rows, times the factor of the lower and that of the upper eight, to those rows from
 // `first` on that exist, by way of `staging`, which has room for 64 columns of them.
 template <class T, int kValues>

@@ -2,6 +2,8 @@
 // behind the end of a sequence would survive a product with 0) and left alone on the way out.
 #pragma once
 
+#include <type_traits>
+
 #include "core/params.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/ldmatrix.h"
@@ -148,6 +150,16 @@ __device__ __forceinline__ void by_chunks(const GlobalRows<T>& to, F&& store) {
   }
 }
 
+// The first `left` of a chunk's columns, if there are any.
+template <class HasChunks, class T>
+__device__ __forceinline__ void store_chunk(HasChunks, T* target, int left, uint4 chunk) {
+  if (HasChunks::value) {
+    ptx::st_global_if(left > 0, target, chunk);
+  } else {
+    scatter_chunk(target, chunk, left);
+  }
+}
+
 // The reverse of load_tile, by kThreads threads of which this one is `thread`: tile rows [tile_row, tile_row + kRows)
 // to rows from `first` on, stopping at `rows`.
 template <int kRows, int kThreads, class T, class Tile>
@@ -161,11 +173,7 @@ __device__ __forceinline__ void store_tile(const Tile& tile, int tile_row, const
       const int left = first + row < rows ? to.dim - chunk * kPer : 0;
       const uint4 x = ptx::ld_shared_u4(tile.at(tile_row + row, chunk));
       T* const target = to.data + (first + row) * to.row_stride + chunk * kPer;
-      if (decltype(has_chunks)::value) {
-        ptx::st_global_if(left > 0, target, x);
-      } else {
-        scatter_chunk(target, x, left);
-      }
+      store_chunk(has_chunks, target, left, x);
     }
   });
 }
