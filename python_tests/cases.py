@@ -405,6 +405,12 @@ CROWDED = [
     Case("dense", _CROWD, dim_qk=64, dim_v=48, bias="dense", num_targets=tuple(min(n, n % 9) for n in _CROWD)),
 ]
 
+# Sequences long enough for kernels of their own.
+LONG = [
+    Case("long", (2300, 1900), dim_qk=128, dim_v=72, bias="position+time", num_targets=(30, 0)),
+    Case("long-position", (1100, 1000), dim_qk=64, dim_v=48, bias="position", contextual_seq_len=9),
+]
+
 
 def random_case(seed: int) -> Case:
     """A case with every option drawn at random; small, so that many fit in a test run."""

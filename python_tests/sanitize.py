@@ -1,5 +1,5 @@
-"""compute-sanitizer over every case of SMALL, CORNER and CROWDED, forward, backward and backward in deterministic mode,
-on a GPU:
+"""compute-sanitizer over every case of SMALL, CORNER, CROWDED and LONG, forward, backward and backward in deterministic
+mode, on a GPU:
 
     python python_tests/sanitize.py                            initcheck, memcheck, synccheck, with both kernel families
     python python_tests/sanitize.py --tools racecheck --backends sm80
@@ -27,7 +27,7 @@ TOOLS, BACKENDS = ("initcheck", "memcheck", "synccheck"), ("", "sm80")
 def run_cases(dtype_names: list[str]) -> None:
     """What runs under the tool."""
     import torch
-    from cases import CORNER, CROWDED, SMALL, make
+    from cases import CORNER, CROWDED, LONG, SMALL, make
 
     from hstu_ops import RelativeBias, TimeBuckets, hstu_attention
 
@@ -36,7 +36,7 @@ def run_cases(dtype_names: list[str]) -> None:
 
     torch.utils.deterministic.fill_uninitialized_memory = False  # initcheck looks for what is read of it
     dtypes = [getattr(torch, x) for x in dtype_names]
-    cases = [*SMALL, *CORNER, *CROWDED]
+    cases = [*SMALL, *CORNER, *CROWDED, *LONG]
     for n, case in enumerate(cases):
         inputs = make(case, dtypes[n % len(dtypes)])
         options = {name: there(x) for name, x in inputs.options.items()}

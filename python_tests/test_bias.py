@@ -180,16 +180,20 @@ _TIMES = {
 }
 
 
-@pytest.mark.parametrize("kind", _TIMES)
-def test_many_tiles(kind, dtype, device):
-    """Sequences of many tiles: those of one bucket, of few and of many, which kernels treat differently."""
-
+def _change_times(kind):
     def change(inputs):
         given = inputs.options["bias"]
         inputs.options["bias"] = replace(given, timestamps=_TIMES[kind](given.timestamps))
 
+    return change
+
+
+@pytest.mark.parametrize("kind", _TIMES)
+def test_many_tiles(kind, dtype, device):
+    """Sequences of many tiles: those of one bucket, of few and of many, which kernels treat differently."""
+
     if dtype != torch.float64:
-        check(Case(kind, (400, 93), bias="position+time/head"), dtype, device, change=change)
+        check(Case(kind, (400, 93), bias="position+time/head"), dtype, device, change=_change_times(kind))
 
 
 _TABLES = {
@@ -281,6 +285,65 @@ def test_heads_one_by_one(dim, bias, dtype, device):
     assert (together - apart).norm() <= 0.25 * torch.finfo(dtype).eps * apart.norm()
 
 
+_LONG = {
+    "plain": {},
+    "targets": {"num_targets": (30, 0), "target_group_size": 3, "contextual_seq_len": 9},
+    "window": {"max_attn_len": 300, "global_prefix_len": 40},
+    "not causal": {"causal": False, "scale": "row"},
+    "times of queries": {"query_timestamps": True, "scale": "sequence"},
+    "few positions": {"positions": 100},
+}
+
+
+def _check_long(bias, dim, dtype, device, *, change=lambda inputs: None, fewer=True, **options):
+    """Sequences that on a GPU are long enough for kernels of their own. With fewer queries, or plain PyTorch, which
+    adds one element after the other to an entry of a table, would take long."""
+    if dtype == torch.float64:
+        return
+    long = device.startswith("cuda")
+    if fewer:
+        options["queries"] = (600, 70) if long else (60, 30)
+    case = Case("long", (2300, 1900) if long else (170, 90), bias=bias, dim_qk=dim, dim_v=dim, **options)
+    check(case, dtype, device, change=change)
+
+
+@pytest.mark.parametrize("bias", ("position", "position+time", "position/head+time/head"))
+@pytest.mark.parametrize("dim", (64, 128))
+@pytest.mark.parametrize("options", _LONG)
+def test_long_sequences(options, dim, bias, dtype, device):
+    """Positions alone, or times in long sequences: gradients of the tables may then be summed beside the others."""
+    options = {x: y for x, y in _LONG[options].items() if x != "query_timestamps" or "time" in bias}
+    _check_long(bias, dim, dtype, device, **options)
+
+
+def test_whole_long_sequences(dtype, device):
+    _check_long("position+time", 128, dtype, device, fewer=False)
+
+
+@pytest.mark.parametrize("kind", _TIMES)
+def test_times_of_long_sequences(kind, dtype, device):
+    """Times that rise, fall or stand still, near and far, where a key's buckets are followed from query to query."""
+    _check_long("time", 120, dtype, device, change=_change_times(kind))
+
+
+_FEW_BOUNDARIES = {
+    "bunches": TimeBuckets(_TABLES["bunches"].boundaries[:128]),
+    "repeated": TimeBuckets(_TABLES["repeated"].boundaries[:128]),
+    "one": TimeBuckets.from_boundaries([86_400]),
+    "none": TimeBuckets.from_boundaries([]),
+}
+
+
+@pytest.mark.parametrize("table", _FEW_BOUNDARIES)
+def test_tables_of_long_sequences(table, dtype, device):
+    """Equal boundaries, boundaries close together, one, and none at all."""
+
+    def change(inputs):
+        inputs.options["bias"] = _with_buckets(inputs.options["bias"], _FEW_BOUNDARIES[table])
+
+    _check_long("position+time", 128, dtype, device, change=change)
+
+
 _ORDERED = ("targets-contextual", "queries", "wide", "many", "widest")
 
 
@@ -292,10 +355,10 @@ def test_deterministic_mode(case, dtype, device):
         check(case, dtype, device)
 
 
-@pytest.mark.parametrize("table", ("log", "sqrt"))
-def test_nan_reaches_the_tables(table, dtype, device):
+@pytest.mark.parametrize(("table", "dim", "longest"), [("log", 64, 400), ("sqrt", 64, 400), ("log", 128, 4100)])
+def test_nan_reaches_the_tables(table, dim, longest, dtype, device):
     """The gradients of all entries that a NaN row reads are NaN: none of it is lost on the way."""
-    inputs = make(Case("nan", (400, 93), bias="position+time", dim_qk=64, dim_v=64), dtype, device)
+    inputs = make(Case("nan", (longest, 93), bias="position+time", dim_qk=dim, dim_v=dim), dtype, device)
     if table == "sqrt":
         inputs.options["bias"] = _with_buckets(inputs.options["bias"], _TABLES["sqrt"])
     row, bias = 201, inputs.options["bias"]

@@ -1,4 +1,4 @@
-// Functions of one instruction: the hardware's approximations, and bytes of a word.
+// Functions of one instruction: the hardware's approximations, sums of pairs, and bytes of a word.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,15 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
   return x;
 }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Two sums of bfloat16.
+__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t c;
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+#endif
 
 // Bits [begin, begin + count) of a word; what lies past it is left out.
 __device__ __forceinline__ uint32_t bit_mask(uint32_t begin, uint32_t count) {

@@ -13,6 +13,12 @@ __device__ __forceinline__ int thread_index() {
   return x;
 }
 
+// The same value as one the compiler does not know: what is derived from it is worked out again, not kept in registers.
+__device__ __forceinline__ unsigned again(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A value that is the same in all lanes: branches on it keep a warp together, which the compiler cannot know otherwise.
 // Worked out here, not where it is used.
 __device__ __forceinline__ int uniform(int x) {
@@ -54,6 +60,13 @@ __device__ __forceinline__ void st_shared(uint32_t address, uint2 x) {
 
 __device__ __forceinline__ void st_shared(uint32_t address, float4 x) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
+// Without a branch.
+__device__ __forceinline__ void st_shared_if(bool there, uint32_t address, float x) {
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\t@p st.shared.f32 [%0], %1;\n\t}" ::"r"(address), "f"(x),
+               "r"(static_cast<int>(there))
                : "memory");
 }
 
@@ -178,6 +191,9 @@ __device__ __forceinline__ float2 ld_global_pair_if(bool there, const float* p) 
   return x;
 }
 
+__device__ __forceinline__ void red_add(float* p, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
+}
 // p[i] += the i-th argument.
 __device__ __forceinline__ void red_add_v2(float* p, float x, float y) {
   asm volatile("red.global.add.f32 [%0], %1;\n\tred.global.add.f32 [%0 + 4], %2;" ::"l"(p), "f"(x), "f"(y) : "memory");

@@ -69,7 +69,7 @@ class TimeNoter {
       }
       if (code & WarpNote::kCells) return;
     }
-    note.set(WarpNote::kSearch, 0.f);
+    note.set(WarpNote::kSearch | (known ? 0 : WarpNote::kUnknown), 0.f);
     note.set_words(range.x, range.y - range.x);
   }
 

@@ -24,6 +24,7 @@
 #include "cuda/sm90/bwd_group.h"
 #include "cuda/sm90/bwd_queries.cuh"
 #include "cuda/sm90/bwd_scratch.h"
+#include "cuda/sm90/bwd_tables.h"
 #include "cuda/sm90/bwd_wide.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
@@ -76,7 +77,7 @@ struct BwdComputer : BwdGroup<C, T> {
     barrier().sum[to].empty[0].wait(sum_round(count.before()) ^ 1);
     put_sums(shared.sums(to), thread() / 32 * 16, job.sequence.begin_q, dq, arguments.alpha * factor(job));
     if (thread() == 0)
-      shared.state.sums[to] = {items.count, shared.state.tiles[count.before().stage<kBwdTiles>()], last};
+      shared.state.sums[to] = {items.count, shared.state.tiles[count.before().stage<C::kTileStages>()], last};
     release(barrier().score.empty[count.before().stage<C::kScoreStages>()]);
   }
 
@@ -215,6 +216,7 @@ struct BwdComputer : BwdGroup<C, T> {
       if (tile.last()) break;
     }
     release(barrier().value.empty[items.stage<C::kValueStages>()]);
+    if (C::kTables) tiles.count = ptx::again(tiles.count);
     hand_over(done + 1);
     finish_query_sums(job, tiles, C::kTurns && done == 0 ? kSumPlaces : 1);
     hand_over_sums(tiles);
@@ -327,6 +329,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_bwd_kernel(const __g
     } else if constexpr (C::kQuerySums) {
       SumAdder<1, C, T>{arguments, shared, warp - 2}.run();
     }
+  } else if (C::kTables && group > C::kGroups) {
+    if constexpr (C::kTables) {
+      ptx::set_max_registers_down<C::kSumRegisters>();
+      TableSummer<C, T>{arguments, shared}.run();
+    }
   } else {
     ptx::set_max_registers_up<C::kComputeRegisters>();
     if constexpr (C::kSplitKeys) {
@@ -360,13 +367,16 @@ Status attention_bwd_keys(const AttentionBwdParams& params, const BwdScratch& sc
                          scratch.cells,
                          scratch.sums,
                          scratch.progress,
+                         C::kTables ? scratch.copies.first(scratch.tables) : scratch.tables,
+                         scratch.copies.count,
+                         scratch.copies.stride,
                          static_cast<float>(a.alpha) * Score<T>::kArgument,
                          static_cast<float>(a.scale.value),
                          ScoreFactors(a.alpha, Score<T>::kArgument, C::kBias || C::kDense)};
   if (Status s = make_tensor_maps(arguments, params, C::kQueries, C::kKeys); !s.ok()) return s;
   widen_last_group(arguments.schedule, C::kKeys, processors);
   const int64_t items = most_items(a.jagged.total_kv, a.jagged.batch, C::kKeys, a.heads);
-  const bool behind_tables = C::kBias && scratch.tables.any() && !scratch.tables.exact();
+  const bool behind_tables = C::kBias && !C::kTables && scratch.tables.any() && !scratch.tables.exact();
   return launch<attention_bwd_kernel<C, T>>(arguments, items < processors ? items : processors, C::kThreads,
                                             C::kSharedBytes, stream, behind_tables);
 }
@@ -380,10 +390,13 @@ Status attention_bwd_sums(const AttentionBwdParams& params, const BwdScratch& sc
     HSTU_TRY(cudaMemsetAsync(scratch.progress.tickets, 0, scratch.progress.bytes, stream));
     return attention_bwd_keys<C, T>(params, scratch, processors, stream);
   } else {
-    if (!scratch.tables.any()) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
+    if (C::kTables || !scratch.tables.any()) HSTU_TRY(cudaMemsetAsync(scratch.sums, 0, scratch.sum_bytes, stream));
+    if (C::kTables) HSTU_TRY(cudaMemsetAsync(scratch.copies.sums, 0, scratch.copies.bytes(), stream));
     if (Status s = attention_bwd_keys<C, T>(params, scratch, processors, stream); !s.ok()) return s;
-    return convert_sums<T>({params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels}, processors,
-                           stream);
+    const TableCopies copies = C::kTables ? scratch.copies : TableCopies();
+    return convert_sums<T>(
+        {params.grad_q, scratch.sums, a.jagged.total_q, a.heads, a.dim_qk, C::kPanels, scratch.tables, copies},
+        processors, stream);
   }
 }
 
@@ -443,6 +456,9 @@ Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch&
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
   const BwdScratch scratch(params, kDim, memory);
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && bwd_may_sum_queries(kDim))
+    if (bwd_sums_tables(params, kDim))
+      return attention_bwd_sums<BwdTablesConfig<kDim>, T>(params, scratch, processors, stream);
   for (const TableSums* t : {&scratch.tables.position, &scratch.tables.time})
     if (t->sums) HSTU_TRY(cudaMemsetAsync(t->start(), 0, t->bytes(), stream));
   if (scratch.tables.any())

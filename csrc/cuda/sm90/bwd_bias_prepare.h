@@ -23,11 +23,12 @@ struct BwdFiller {
     const RelativeBiasParams& relative = arguments.params.problem.relative;
     const int lane = Lane().id, row = job.sequence.first_row + tile.tile() * C::kQueries;
     int times[B::kCols / 32];
+    long long last = 0;
     if (relative.time_weight) {
       const TimeTerm time(relative, job.sequence, job.item.head, nullptr);
 #pragma unroll
       for (int i = 0; i < B::kCols / 32; ++i)
-        times[i] = static_cast<int>(B::time(time.query_time(row + i * 32 + lane)));
+        last = B::time(time.query_time(row + i * 32 + lane)), times[i] = static_cast<int>(last);
     }
     Gate<C::kBiasStages>& gate = shared.state.barrier.bias;
     const int index = at.stage<C::kBiasStages>();
@@ -43,6 +44,7 @@ struct BwdFiller {
     }
     ptx::cp_async_arrive(gate.full[index].address());
     if (relative.time_weight) stage.write_times(times, lane);
+    if (B::kLongTimes && lane == 31) stage.set_left(last);
     copy_notes(stage, lane);
     if (lane == 0) gate.full[index].arrive();
   }

@@ -15,9 +15,9 @@ namespace hstu_ops::cuda::sm90 {
 //                dV, the second one dS and dK
 //
 // Where kQuerySums, they find dQ, too, which is added up in global memory: each has 64 of the queries or, of 64
-// queries, half of the columns; or each has every third tile's (kTurns). One more warpgroup feeds them.
+// queries, half of the columns; or each has a tile's by turns (kTurns). One more warpgroup feeds them.
 template <int kDim_, bool kQuerySums_, int kQueries_, int kKeyStages_, int kValueStages_, int kQueryStages_,
-          int kGradStages_, int kGroups_ = 2>
+          int kGradStages_, int kGroups_ = 2, int kScoreStages_ = 2>
 struct BwdShape {
   static constexpr int kDim = kDim_, kQueries = kQueries_;
   static constexpr bool kQuerySums = kQuerySums_, kSplitKeys = kDim <= 128;
@@ -26,10 +26,11 @@ struct BwdShape {
   static constexpr int kQueryStages = kQueryStages_, kGradStages = kGradStages_;  // tiles of queries and of dO
   static constexpr int kPanels = kDim / kPanel, kKeyBytes = kKeys * kDim * 2, kQueryBytes = kQueries * kDim * 2;
 
-  static constexpr int kScoreStages = 2, kScoreBytes = kQuerySums ? kKeys * kQueries * 2 : 0;  // dS
+  static constexpr int kScoreStages = kScoreStages_, kScoreBytes = kQuerySums ? kKeys * kQueries * 2 : 0;  // dS
   static constexpr int kSlopeStages = kSplitKeys ? 0 : 2, kSlopeBytes = kKeys * kQueries * 2;
   static constexpr bool kSplitQueries = kQueries == 128;
-  static constexpr bool kTurns = kGroups == 3;
+  static constexpr bool kTurns = kQuerySums && kDim == kPanel && !kSplitQueries;
+  static constexpr int kTileStages = 2 * kScoreStages;                // tiles remembered: in flight, or dS in use
   static constexpr int kSumStages = 2;                                // of dQ on its way out
   static constexpr int kSumBytes = kQuerySums ? 64 * kPanel * 4 : 0;  // each
   static constexpr int kSharedBytes = (kKeyStages + kValueStages) * kKeyBytes +
@@ -45,7 +46,8 @@ struct BwdShape {
   using Relative = BiasShape<kKeys, true, SharedCells<1>, 1>;
   using Notes = NoteQueue<Relative, 1, 1>;
   static constexpr int kBiasStages = 1, kBiasStageBytes = 0;
-  static constexpr int kTimeRows = 1;  // whose times a block keeps
+  static constexpr int kTimeRows = 1;     // whose times a block keeps
+  static constexpr bool kTables = false;  // are gradients of the tables summed, too?
   static constexpr int kLoadRegisters = kGroups == 2 ? 40 : 32, kComputeRegisters = kGroups == 2 ? 232 : 160;
   static_assert(kSharedBytes + 2048 <= kSharedMemory, "barriers and jobs take 2 KB");
   static_assert(kQueries == 64 || kQueries == 128, "one or two panels of dS");
@@ -64,14 +66,14 @@ template <>
 struct BwdConfig<256, false> : BwdShape<256, false, 64, 1, 1, 2, 2> {};
 
 // With relative bias, which may take the place of keys loaded ahead.
-template <class Shape, class Cells, int kNotedTiles, int kLoads, int kCompute>
+template <class Shape, class Cells, int kNotedTiles, int kLoads, int kCompute, bool kLongTimes = false>
 struct BwdBiasShape : Shape {
   static constexpr bool kBias = true;
   static constexpr bool kFinishes = false;  // one warp adds: it would hold up the others (5 to 9 % of a call)
   static constexpr bool kFromLast = false;
-  using Relative = BiasShape<Shape::kKeys, true, Cells, kNotedTiles>;
+  using Relative = BiasShape<Shape::kKeys, true, Cells, kNotedTiles, kLongTimes>;
   using Notes = NoteQueue<Relative, 1, 2 * kNotedTiles>;
-  static constexpr int kBiasStages = 4, kBiasStageBytes = BiasStage<Relative>::kBytes;
+  static constexpr int kBiasStages = 2 * Shape::kScoreStages, kBiasStageBytes = BiasStage<Relative>::kBytes;
   // 2 KB a warp for scores that wait: where dS or slopes go later, or a place of their own.
   static constexpr bool kScratch = !Shape::kQuerySums && Shape::kSplitKeys;
   static constexpr int kBiasBytes =
@@ -101,6 +103,43 @@ struct BwdBiasConfig<128, true, ManyBucketsBias>
     : BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, WideCells, 4, 40, 232> {};
 template <>
 struct BwdBiasConfig<256, false, ManyBucketsBias> : BwdBiasShape<BwdConfig<256, false>, WideCells, 4, 40, 232> {};
+
+// What each warp that sums gradients of the tables has in shared memory; behind the four of them are the boundaries.
+struct TableSumMemory {
+  static constexpr int kKeys = 32 * 16, kSums = kKeys + 2 * 32 * 16, kPassed = kSums + 8 * 128, kWords = kPassed + 32,
+                       kBytes = kWords + 32;
+  static constexpr int kAllBytes = 4 * kBytes + (TimeTerm::kMostCellBoundaries + 2) * 8;
+
+  uint32_t base;
+
+  // Eight sums of a lane's, in pairs, that go on in the next tile.
+  __device__ uint32_t carried(int lane) const { return base + lane * 16; }
+  // Sums that the last lane has passed on.
+  __device__ uint32_t passed(int i) const { return base + kPassed + i * 4; }
+  // What a lane knows of its key, in two parts.
+  __device__ uint32_t key(int part, int lane) const { return base + kKeys + part * 512 + lane * 16; }
+  // Of a key's queries in front of those of a chunk.
+  __device__ uint32_t sum(int chunk, int lane) const { return base + kSums + chunk * 128 + lane * 4; }
+  __device__ uint32_t word(int i) const { return base + kWords + i * 4; }
+};
+
+// With relative bias and sums of the gradients of its tables, by a warpgroup of their own: see bwd_tables.h.
+template <class Shape, int kSums>
+struct BwdTablesShape : Shape {
+  static constexpr bool kTables = true;
+  static constexpr int kThreads = Shape::kThreads + 128, kSumRegisters = kSums;
+  static constexpr int kSharedBytes = Shape::kSharedBytes + TableSumMemory::kAllBytes;
+  static_assert(kSharedBytes + 2048 + 2 * Shape::kTimeRows * 5 <= kSharedMemory, "barriers and jobs take 2 KB");
+};
+template <int kDim>
+struct BwdTablesConfig;
+template <>
+struct BwdTablesConfig<64>
+    : BwdTablesShape<BwdBiasShape<BwdShape<64, true, 64, 1, 1, 3, 3, 2, 4>, SharedCells<1024>, 4, 40, 216, true>, 40> {
+};
+template <>
+struct BwdTablesConfig<128>
+    : BwdTablesShape<BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, SharedCells<1024>, 2, 32, 224, true>, 32> {};
 
 // With dense bias, which is read where it is used.
 template <class Shape>

@@ -132,7 +132,7 @@ struct BwdGroup {
   // The tile that has arrived next, without rows of other sequences.
   __device__ __forceinline__ BwdTile await_tile(const Job& job, Count at) const {
     barrier().query.full[at.stage<C::kQueryStages>()].wait(at.round<C::kQueryStages>());
-    const BwdTile tile = shared.state.tiles[at.stage<kBwdTiles>()];
+    const BwdTile tile = shared.state.tiles[at.stage<C::kTileStages>()];
     barrier().grad.full[at.stage<C::kGradStages>()].wait(at.round<C::kGradStages>());
     const int there = job.sequence.num_q - tile.tile() * C::kQueries;
     if (there < C::kQueries) {

@@ -80,7 +80,7 @@ struct BwdLoader {
     const int head = job.item.head, row = static_cast<int>(job.sequence.begin_q) + tile.tile() * C::kQueries;
     barrier.query.empty[tiles.stage<C::kQueryStages>()].wait(tiles.round<C::kQueryStages>() ^ 1);
     if (lane_id() == 0) {
-      shared.state.tiles[tiles.stage<kBwdTiles>()] = tile;
+      shared.state.tiles[tiles.stage<C::kTileStages>()] = tile;
       load(arguments.q, barrier.query.full[tiles.stage<C::kQueryStages>()],
            shared.query_panel(tiles.stage<C::kQueryStages>(), 0).base, C::kQueries, head, row);
     }

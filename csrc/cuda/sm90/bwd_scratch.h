@@ -1,6 +1,7 @@
 // The Hopper backward's scratch memory.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdlib>
 
@@ -30,6 +31,17 @@ inline bool bwd_finishes_sums(const AttentionBwdParams& p, int padded_dim) {
 
 inline bool bwd_sums_queries(const AttentionBwdParams& p, int padded_dim) {
   return bwd_may_sum_queries(padded_dim) && (!p.deterministic || bwd_finishes_sums(p, padded_dim));
+}
+
+// Does the kernel that sums dQ sum gradients of the bias tables, too (bwd_tables.h)? By bucket of time that pays where
+// sequences are long, as boundaries are far apart then, and at 128 dimensions; by position nearly everywhere.
+inline bool bwd_sums_tables(const AttentionBwdParams& p, int padded_dim) {
+  const AttentionProblem& a = p.problem;
+  if (a.dtype != DType::kBFloat16 || p.deterministic || !bwd_may_sum_queries(padded_dim)) return false;
+  if (has_many_boundaries(a.relative)) return false;
+  const int64_t mean = a.jagged.batch > 0 ? a.jagged.total_kv / a.jagged.batch : 0;
+  if (p.grad_time_weight) return padded_dim == 128 && mean >= 2048;
+  return p.grad_position_weight && (padded_dim == 128 || mean >= 512);
 }
 
 // Is scratch memory cleared that need not be? For compute-sanitizer's initcheck, which does not see what the copy
@@ -77,12 +89,37 @@ struct SumProgress {
   }
 };
 
+// Copies of the tables' gradients that blocks of threads add to, and their sums in the end (bwd_sums.h).
+struct TableCopies {
+  static constexpr int64_t kEntries = 1 << 18;  // of all
+
+  float* sums = nullptr;  // [count][stride]: position and time
+  unsigned count = 1;
+  int64_t stride = 0;
+
+  static TableCopies plan(const TableGrads& tables, Scratch& scratch) {
+    TableCopies c;
+    c.stride = tables.entries();
+    c.count = static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(kEntries / c.stride, 1), 32));
+    c.sums = static_cast<float*>(scratch.take(c.bytes()));
+    return c;
+  }
+  size_t bytes() const { return sizeof(float) * count * stride; }
+  // Tables whose sums are the first copy's.
+  TableGrads first(TableGrads tables) const {
+    if (tables.position.sums) tables.position.sums = sums;
+    if (tables.time.sums) tables.time.sums = sums + tables.position.entries;
+    return tables;
+  }
+};
+
 struct BwdScratch {
   void *key_tickets = nullptr, *query_tickets = nullptr, *bias_tickets = nullptr;  // see tickets.h
   void *cells, *table_cells;                                                       // see WideCells
   float* sums = nullptr;  // [heads][padded dim / 64][total_q][64] of dQ, or none: see bwd_sums.h
   SumProgress progress;
   TableGrads tables;
+  TableCopies copies;
   size_t sum_bytes = 0, bytes;
 
   // `memory` may be null when only the size matters.
@@ -100,6 +137,7 @@ struct BwdScratch {
       progress = SumProgress::plan(a, padded_dim / kPanel, scratch);
     }
     tables = TableGrads::plan(p, scratch);
+    if (bwd_sums_tables(p, padded_dim)) copies = TableCopies::plan(tables, scratch);
     bytes = scratch.bytes();
   }
 };

@@ -37,6 +37,9 @@ struct BwdArguments {
   void* cells;      // of WideCells
   float* sums;      // of dQ: see bwd_sums.h
   SumProgress progress;
+  TableGrads tables;  // sums: of the first copy
+  unsigned table_copies;
+  int64_t table_stride;
   float alpha, scale;  // alpha: as much of it as dQ and dK take
   ScoreFactors factors;
 };
@@ -48,9 +51,6 @@ constexpr int kBwdJobs = 2;  // an item and the next
 constexpr int kSumLag = 2, kSumItems = kSumLag + 2;
 
 constexpr int kBwdParts = 2;  // 32 tiles each, found ahead
-
-// Tiles remembered: those in flight, and the one whose dQ is due.
-constexpr int kBwdTiles = 4;
 
 template <class C>
 struct BwdBarriers {
@@ -69,11 +69,12 @@ struct BwdBarriers {
   ptx::Mbarrier finished[kSumItems];
 
   __device__ void init() {
-    job.init(1, C::kGroups + 1 + C::kBias), part.init(1, 1 + C::kBias), wanted.init(1);
+    constexpr int kSummers = C::kTables ? 4 : 0;
+    job.init(1, C::kGroups + 1 + C::kBias + kSummers), part.init(1, 1 + C::kBias), wanted.init(1);
     key.init(1, C::kGroups), value.init(1, C::kGroups);
     query.init(1, C::kGroups), grad.init(1, C::kGroups);
-    score.init(C::kSplitKeys ? 4 * C::kGroups : 4, C::kTurns ? 1 : C::kGroups);
-    slope.init(4, 4), notes.init(1, 1), bias.init(32 + 1, C::kSplitKeys ? C::kGroups : 1);
+    score.init(C::kSplitKeys ? 4 * C::kGroups : 4, (C::kTurns ? 1 : C::kGroups) + kSummers);
+    slope.init(4, 4), notes.init(1, 1), bias.init(32 + 1, (C::kSplitKeys ? C::kGroups : 1) + kSummers);
     for (Gate<1>& s : sum) s.init(4, 1);
     for (ptx::Mbarrier& b : finished) b.init(1);
     ptx::fence_mbarrier_init();
@@ -113,7 +114,7 @@ struct BwdState {
   BwdColumns columns[C::Notes::kTiles];
   BwdProgress progress;
   TilePart parts[kBwdParts];
-  BwdTile tiles[kBwdTiles];
+  BwdTile tiles[C::kTileStages];
   SumJob sums[C::kSumStages];
   SumRows sum_rows[C::kQuerySums ? kSumItems : 1];
 };
@@ -161,6 +162,8 @@ struct BwdStorage {
            : C::kSplitKeys ? bias().end()
                            : slopes(tile.stage<2>());
   }
+  __device__ TableSumMemory table_sums(int warp) const { return {bias().end() + warp * TableSumMemory::kBytes}; }
+  __device__ uint32_t boundaries() const { return table_sums(4).base; }
   __device__ uint32_t sums(int stage) const { return base + kSums + stage * C::kSumBytes; }
 };
 

@@ -8,6 +8,7 @@
 
 #include "core/launch.h"
 #include "cuda/ptx/dependent.h"
+#include "cuda/sm90/bwd_scratch.h"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/tile/load.h"
@@ -46,6 +47,8 @@ struct SumsArguments {
   const float* sums;
   int64_t total;
   int heads, dim, parts;
+  TableGrads tables;
+  TableCopies copies;  // of their sums, if there are any
 };
 
 // A thread takes 16 columns of a row, a block 64 rows; the last rows first, which the L2 may still hold.
@@ -54,6 +57,13 @@ __global__ void __launch_bounds__(256) convert_sums_kernel(const __grid_constant
   ptx::wait_for_prerequisites();
   const bool aligned =
       reinterpret_cast<uintptr_t>(a.to.data) % 16 == 0 && a.to.row_stride % 8 == 0 && a.to.head_stride % 8 == 0;
+  if (a.copies.sums)
+    for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < a.copies.stride; i += int64_t{gridDim.x} * 256) {
+      float sum = 0.f;
+      for (unsigned c = 0; c < a.copies.count; ++c) sum += a.copies.sums[c * a.copies.stride + i];
+      const bool position = i < a.tables.position.entries;
+      (position ? a.tables.position.sums + i : a.tables.time.sums + (i - a.tables.position.entries))[0] = sum;
+    }
   const int64_t last = (a.total - 1) / 64, slices = a.heads * a.parts, count = (last + 1) * slices;
   for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
     const int64_t row = (last - i / slices) * 64 + threadIdx.x / 4;

@@ -24,13 +24,14 @@ struct Lane {
 };
 
 // A block's kRows rows, 16 a warp, and tiles of kCols columns: queries and keys or, if kTransposed, the reverse.
-// Cells_: SharedCells of what tiles leave room for, or GlobalCells; kNotedTiles: looked at together.
-template <int kRows_, bool kTransposed_, class Cells_, int kNotedTiles_>
+// Cells_: SharedCells of what tiles leave room for, or GlobalCells; kNotedTiles: looked at together. kLongTimes_: does
+// a stage have all 64 bits of its tile's smallest time?
+template <int kRows_, bool kTransposed_, class Cells_, int kNotedTiles_, bool kLongTimes_ = false>
 struct BiasShape {
   using Cells = Cells_;
   static constexpr int kRows = kRows_, kCols = 64;
   static constexpr int kNotedTiles = kNotedTiles_;
-  static constexpr bool kTransposed = kTransposed_;
+  static constexpr bool kTransposed = kTransposed_, kLongTimes = kLongTimes_;
 
   // Times such that a gap is that of the row less that of the column.
   __device__ static long long time(int64_t x) { return kTransposed ? static_cast<long long>(0ull - x) : x; }
@@ -47,7 +48,8 @@ struct WarpNote {
   static constexpr unsigned kOneByOne = kSearch | kBeyond, kBlockwise = kOneByOne | kCells,
                             kUncommon = kBlockwise | kClamped;
   static constexpr unsigned kShift = 128;
-  static constexpr unsigned kBlocks = 32 * kShift;  // code / kBlocks: see kept_block()
+  static constexpr unsigned kBlocks = 32 * kShift;    // code / kBlocks % 16: see kept_block()
+  static constexpr unsigned kUnknown = 16 * kBlocks;  // times are in disorder, or too far apart
   static constexpr int kMostSteps = 3, kBytes = 8 + kMostSteps * 8;
 
   uint32_t at;
@@ -59,7 +61,7 @@ struct WarpNote {
   // Of the eight blocks of 8 columns, rows keep some of the first ones only; or, transposed, of the last ones only.
   template <bool kTransposed>
   __device__ static bool kept_block(unsigned code, int block, int count) {
-    const int blocks = static_cast<int>(code / kBlocks);
+    const int blocks = static_cast<int>(code / kBlocks % 16);
     return kTransposed ? block + count > blocks : block < blocks;
   }
   __device__ int2 head() const { return ptx::ld_shared_int_v2(at); }
@@ -110,16 +112,22 @@ class BiasStage {
   // than 2^31 apart are right.
   __device__ uint32_t time(int col) const { return base_ + kTimes + col * 4; }
   __device__ int left() const { return ptx::ld_shared_int(base_ + kLeft); }
+  // All of it, where kLongTimes.
+  __device__ void set_left(long long x) const { ptx::st_shared(base_ + kLongLeft, make_int2(x, x >> 32)); }
+  __device__ long long long_left() const {
+    const int2 x = ptx::ld_shared_int_v2(base_ + kLongLeft);
+    return static_cast<long long>(x.y) << 32 | static_cast<unsigned>(x.x);
+  }
 
   __device__ WarpNote note(int warp) const { return {base_ + kNotes + warp * WarpNote::kBytes}; }
 
  private:
   static constexpr int kTimes = Window::kBytes, kNotes = kTimes + B::kCols * 4,
-                       kLeft = kNotes + kWarps * WarpNote::kBytes;
+                       kLeft = kNotes + kWarps * WarpNote::kBytes, kLongLeft = kLeft + 8;
   static_assert(kWindow % 32 == 0 && kNotes % 16 == 0);
 
  public:
-  static constexpr int kBytes = (kLeft + 4 + 127) / 128 * 128;
+  static constexpr int kBytes = ((B::kLongTimes ? kLongLeft + 8 : kLeft + 4) + 127) / 128 * 128;
 
  private:
   uint32_t base_;
