@@ -85,17 +85,19 @@ def hstu_attention(
     float64). Not of alpha, scale and timestamps, which may not require one. There is no second derivative
     (RuntimeError); `hstu_ops.reference` has it.
 
-    Numerics: float16 and bfloat16 are multiplied and summed in float32; a backend may round `silu(s)` and its gradient
-    to the type of v before their products and sums (CUDA does, CPU does not). float32 is full float32; on CUDA, up to 128
-    dimensions, the factors of its products are rounded to TF32 where torch allows it in products of its own
-    (`torch.backends.cuda.matmul.allow_tf32` or `.fp32_precision`; a backward pass does as its forward did). Autocast
-    casts q, k and v, not the tables. Rows that keep nothing are 0. The forward pass is bitwise reproducible, the
-    backward pass under `torch.use_deterministic_algorithms(True)`.
+    Numerics: float16 and bfloat16 are multiplied and summed in float32; a backend may round `silu(s)` and its
+    gradient to the type of v before their products and sums, and sums of the first few of these for a bias table
+    (CUDA does, CPU does not). float32 is full float32; on CUDA, up to 128 dimensions, the factors of its products are
+    rounded to TF32 where torch allows it in products of its own (`torch.backends.cuda.matmul.allow_tf32` or
+    `.fp32_precision`; a backward pass does as its forward did). Autocast casts q, k and v, not the tables. Rows that
+    keep nothing are 0. The forward pass is bitwise reproducible, the backward pass under
+    `torch.use_deterministic_algorithms(True)`.
 
-    Memory grows with the number of rows, never with its square. Scratch of the backward: on CUDA 4 bytes an element of
-    q, head dimensions rounded up to 32, 64, 128 or 256, up to 70 KB a table of many time buckets (the forward: 35), and
-    up to 1 MB, or the size of the tables, for their gradients; on CPU float32 copies of q, its gradient and the output's for one head of the longest sequence, a thread, and up to
-    8 of q's gradient in all where there are few sequences.
+    Memory grows with the number of rows, never with its square. Scratch of the backward: on CUDA 4 bytes an element
+    of q, head dimensions rounded up to 32, 64, 128 or 256, up to 70 KB a table of many time buckets (the forward:
+    35), and up to 1 MB, or the size of the tables, for their gradients; on CPU float32 copies of q, its gradient and
+    the output's for one head of the longest sequence, a thread, and up to 8 of q's gradient in all where there are
+    few sequences.
 
     Errors: TypeError or ValueError naming the argument, what was expected and what came. With `HSTU_OPS_CHECK=1` in the
     environment at import, the content of offsets and lengths is checked on every device (which waits for the device).

@@ -13,9 +13,10 @@
 //   add      |                                                              dQ0 to global memory (fp32) ...
 //
 // The first warpgroup finds, loads and adds (bwd_finish.h), one warp or two each; with relative bias one warp adds and
-// another notes what the computing ones will find (bwd_bias_prepare.h). At D 64 three warpgroups compute, and a tile's
-// dQ is the whole of one's work, by turns. Dense bias is read from global memory into the registers of the scores; its
-// gradient has a kernel of its own (dense_grads.cuh). Barriers: see bwd_storage.h.
+// another notes what the computing ones will find (bwd_bias_prepare.h); gradients of its tables may be a warpgroup's
+// more (bwd_tables.h). At D 64 three warpgroups compute, two beside that one, and a tile's dQ is the whole of one's
+// work, by turns. Dense bias is read from global memory into the registers of the scores; its gradient has a kernel of
+// its own (dense_grads.cuh). Barriers: see bwd_storage.h.
 #pragma once
 
 #include "cuda/ptx/dependent.h"

@@ -13,6 +13,9 @@
 //                                              bias_empty   each computing warpgroup that has S
 //   sum_full    each warp of the warpgroup     sum_empty    the warp that adds to global memory
 //   finished    the first adding warp, when all of an item's rows of dQ are complete
+//
+// The warps that sum gradients of tables, if there are any, wait for job_full and score_full, and arrive at job_empty,
+// score_empty and bias_empty.
 #pragma once
 
 #include "core/params.h"
