@@ -292,6 +292,7 @@ _LONG = {
     "not causal": {"causal": False, "scale": "row"},
     "times of queries": {"query_timestamps": True, "scale": "sequence"},
     "few positions": {"positions": 100},
+    "longer than said": {"max_seq_len": 1000},
 }
 
 

@@ -98,6 +98,7 @@ struct AttentionBwdParams {
   void* grad_time_weight = nullptr;
   void* grad_bias = nullptr;
   bool deterministic = false;
+  bool distances_fit = false;  // into the position table, where no sequence is longer than the call says
 };
 
 }  // namespace hstu_ops

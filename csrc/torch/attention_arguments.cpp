@@ -205,6 +205,7 @@ BiasGradients::BiasGradients(const AttentionArguments& a, bool wanted)
       has_dense(a.bias.has_value()),
       has_position(a.position_weight.has_value()),
       has_time(a.time_weight.has_value()),
+      distances_fit(has_position && a.position_weight->size(a.position_weight->dim() - 1) / 2 + 1 >= a.max_seq_len),
       dense(bias_gradient(a.bias, wanted, a)),
       position(bias_gradient(a.position_weight, wanted, a)),
       time(bias_gradient(a.time_weight, wanted, a)) {}
@@ -213,6 +214,7 @@ void BiasGradients::ask(AttentionBwdParams& params) const {
   if (wanted && has_dense) params.grad_bias = dense.data();
   if (wanted && has_position) params.grad_position_weight = position.data();
   if (wanted && has_time) params.grad_time_weight = time.data();
+  params.distances_fit = distances_fit;
 }
 
 }  // namespace hstu_ops

@@ -92,6 +92,7 @@ struct BiasGradients {
   bool wanted;
   bool has_dense, has_position, has_time;
   Tensor dense, position, time;
+  bool distances_fit;  // see AttentionBwdParams
 };
 
 }  // namespace hstu_ops
