@@ -91,8 +91,8 @@ struct BiasGradients {
 
   bool wanted;
   bool has_dense, has_position, has_time;
-  Tensor dense, position, time;
   bool distances_fit;  // see AttentionBwdParams
+  Tensor dense, position, time;
 };
 
 }  // namespace hstu_ops
