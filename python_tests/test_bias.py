@@ -333,16 +333,20 @@ _FEW_BOUNDARIES = {
     "bunches": TimeBuckets(_TABLES["bunches"].boundaries[:128]),
     "repeated": TimeBuckets(_TABLES["repeated"].boundaries[:128]),
     "one": TimeBuckets.from_boundaries([86_400]),
+    "hours": TimeBuckets.from_boundaries([3600 * i for i in range(1, 129)]),
     "none": TimeBuckets.from_boundaries([]),
 }
 
 
 @pytest.mark.parametrize("table", _FEW_BOUNDARIES)
 def test_tables_of_long_sequences(table, dtype, device):
-    """Equal boundaries, boundaries close together, one, and none at all."""
+    """Equal boundaries, boundaries close together, one, none at all, and gaps that are on them."""
 
     def change(inputs):
-        inputs.options["bias"] = _with_buckets(inputs.options["bias"], _FEW_BOUNDARIES[table])
+        bias = _with_buckets(inputs.options["bias"], _FEW_BOUNDARIES[table])
+        if table in ("one", "hours"):
+            bias = replace(bias, timestamps=bias.timestamps // 3600 * 3600)
+        inputs.options["bias"] = bias
 
     _check_long("position+time", 128, dtype, device, change=change)
 

@@ -117,6 +117,18 @@ __device__ __forceinline__ int2 ld_shared_int_v2(uint32_t address) {
   return x;
 }
 
+// A word of 64 bits is two of 32, the lower one first.
+__device__ __forceinline__ int64_t join(uint32_t low, uint32_t high) {
+  return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+}
+__device__ __forceinline__ int64_t ld_shared_int64(uint32_t address) {
+  const int2 x = ld_shared_int_v2(address);
+  return join(x.x, x.y);
+}
+__device__ __forceinline__ void st_shared_int64(uint32_t address, int64_t x) {
+  st_shared(address, make_int2(static_cast<int>(x), static_cast<int>(x >> 32)));
+}
+
 __device__ __forceinline__ void red_shared_add(uint32_t address, int x) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }

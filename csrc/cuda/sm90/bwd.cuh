@@ -238,9 +238,13 @@ struct BwdComputer : BwdGroup<C, T> {
       release(barrier().key.empty[items.stage<C::kKeyStages>()]);
       const AttentionBwdParams& params = arguments.params;
       const float f = factor(job);
-      finish_rows(
-          {items.count - kSumLag}, [&] { store(job, params.grad_v, params.problem.dim_v, dv, f); },
-          [&] { store(job, params.grad_k, params.problem.dim_qk, dk, f * arguments.alpha); });
+      if constexpr (C::kFinishes) {
+        finish_rows(
+            {items.count - kSumLag}, [&] { store(job, params.grad_v, params.problem.dim_v, dv, f); },
+            [&] { store(job, params.grad_k, params.problem.dim_qk, dk, f * arguments.alpha); });
+      } else {
+        store_both(job, dk, dv, f);
+      }
       sync();  // all have read the job
       release(barrier().job.empty[items.stage<kBwdJobs>()]);
     }
@@ -248,6 +252,17 @@ struct BwdComputer : BwdGroup<C, T> {
     if constexpr (C::kFinishes) {
 #pragma unroll 1
       for (int i = kSumLag; i > 0; --i) finish_rows({items.count - i}, [] {}, [] {});
+    }
+  }
+  // One copy of the code serves both.
+  __device__ __forceinline__ void store_both(const Job& job, Sums& dk, Sums& dv, float f) const {
+    const AttentionBwdParams& params = arguments.params;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      store(job, i == 0 ? params.grad_v : params.grad_k, i == 0 ? params.problem.dim_v : params.problem.dim_qk, dv,
+            i == 0 ? f : f * arguments.alpha);
+#pragma unroll
+      for (int j = 0; j < C::kDim / 2; ++j) dv[j] = dk[j];
     }
   }
   // Where the compiler decides, it needs fewer registers without a bias, and local memory with one.
@@ -457,7 +472,7 @@ Status attention_table_grads(const AttentionBwdParams& params, const BwdScratch&
 template <class T, int kDim>
 Status attention_bwd_relative(const AttentionBwdParams& params, void* memory, int processors, cudaStream_t stream) {
   const BwdScratch scratch(params, kDim, memory);
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && bwd_may_sum_queries(kDim))
+  if constexpr (bwd_may_sum_queries(kDim))
     if (bwd_sums_tables(params, kDim))
       return attention_bwd_sums<BwdTablesConfig<kDim>, T>(params, scratch, processors, stream);
   for (const TableSums* t : {&scratch.tables.position, &scratch.tables.time})

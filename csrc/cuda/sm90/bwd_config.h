@@ -104,22 +104,26 @@ struct BwdBiasConfig<128, true, ManyBucketsBias>
 template <>
 struct BwdBiasConfig<256, false, ManyBucketsBias> : BwdBiasShape<BwdConfig<256, false>, WideCells, 4, 40, 232> {};
 
-// What each warp that sums gradients of the tables has in shared memory; behind the four of them are the boundaries.
+// What each warp that sums gradients of the tables has in shared memory; behind the four of them are the boundaries
+// and masks.
 struct TableSumMemory {
-  static constexpr int kKeys = 32 * 16, kSums = kKeys + 2 * 32 * 16, kPassed = kSums + 8 * 128, kWords = kPassed + 32,
-                       kBytes = kWords + 32;
-  static constexpr int kAllBytes = 4 * kBytes + (TimeTerm::kMostCellBoundaries + 2) * 8;
+  static constexpr int kKeys = 32 * 16, kSums = kKeys + 32 * 16, kPassed = kSums + 9 * 128, kWords = kPassed + 32,
+                       kBytes = (kWords + 32 + 127) / 128 * 128;
+  static constexpr int kAllBytes = 4 * kBytes + (TimeTerm::kMostCellBoundaries + 2) * 8 + 8 * 16;
 
-  uint32_t base;
+  uint32_t base;  // on 128 bytes
 
   // Eight sums of a lane's, in pairs, that go on in the next tile.
   __device__ uint32_t carried(int lane) const { return base + lane * 16; }
   // Sums that the last lane has passed on.
   __device__ uint32_t passed(int i) const { return base + kPassed + i * 4; }
-  // What a lane knows of its key, in two parts.
-  __device__ uint32_t key(int part, int lane) const { return base + kKeys + part * 512 + lane * 16; }
-  // Of a key's queries in front of those of a chunk.
-  __device__ uint32_t sum(int chunk, int lane) const { return base + kSums + chunk * 128 + lane * 4; }
+  // What a lane knows of its key.
+  __device__ uint32_t key(int lane) const { return base + kKeys + lane * 16; }
+  // Of a key's queries in front of those of a chunk, 0 to 8; places of keys are turned by chunk, so that those of four
+  // chunks and eight keys are in different banks.
+  __device__ uint32_t sum(int chunk, int lane) const {
+    return ((base + kSums + lane * 4) ^ chunk % 8 * 16) + chunk * 128;
+  }
   __device__ uint32_t word(int i) const { return base + kWords + i * 4; }
 };
 
@@ -139,7 +143,7 @@ struct BwdTablesConfig<64>
 };
 template <>
 struct BwdTablesConfig<128>
-    : BwdTablesShape<BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, SharedCells<1024>, 2, 32, 224, true>, 32> {};
+    : BwdTablesShape<BwdBiasShape<BwdShape<128, true, 64, 1, 1, 2, 2>, SharedCells<1024>, 4, 32, 224, true>, 32> {};
 
 // With dense bias, which is read where it is used.
 template <class Shape>

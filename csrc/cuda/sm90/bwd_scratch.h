@@ -33,16 +33,16 @@ inline bool bwd_sums_queries(const AttentionBwdParams& p, int padded_dim) {
   return bwd_may_sum_queries(padded_dim) && (!p.deterministic || bwd_finishes_sums(p, padded_dim));
 }
 
-// Does the kernel that sums dQ sum gradients of the bias tables, too (bwd_tables.h)? By bucket of time that pays where
-// sequences are long, as boundaries are far apart then, and at 128 dimensions; by position nearly everywhere, but where
-// one entry has most of the distances: additions to it would wait for each other.
+// Does the kernel that sums dQ sum gradients of the bias tables, too (bwd_tables.h)? By bucket of time that pays at 128
+// dimensions; by position nearly everywhere, but where one entry has most of the distances: additions to it would wait
+// for each other.
 inline bool bwd_sums_tables(const AttentionBwdParams& p, int padded_dim) {
   const AttentionProblem& a = p.problem;
-  if (a.dtype != DType::kBFloat16 || p.deterministic || !bwd_may_sum_queries(padded_dim)) return false;
+  if (p.deterministic || !bwd_may_sum_queries(padded_dim)) return false;
   if (has_many_boundaries(a.relative) || (p.grad_position_weight && !p.distances_fit)) return false;
   const int64_t mean = a.jagged.batch > 0 ? a.jagged.total_kv / a.jagged.batch : 0;
-  if (p.grad_time_weight) return padded_dim == 128 && mean >= 2048;
-  return p.grad_position_weight && (padded_dim == 128 || mean >= 512);
+  if (padded_dim == 128) return p.grad_position_weight || p.grad_time_weight;
+  return p.grad_position_weight && !p.grad_time_weight && mean >= 512;
 }
 
 // Is scratch memory cleared that need not be? For compute-sanitizer's initcheck, which does not see what the copy

@@ -12,6 +12,8 @@ namespace hstu_ops::cuda::sm90 {
 
 template <class C, class T>
 struct PositionSums {
+  using Words = ScoreWords<T>;
+
   const TableWarp<C, T>& w;
 
   __device__ __forceinline__ void sum_tile(bool clamped) const {
@@ -30,13 +32,14 @@ struct PositionSums {
       for (int j = 0; j < 8; ++j) {
         const uint32_t pair = ptx::ld_shared_int(w.memory().carried(w.lane()) + j / 2 * 4);
         const float2 x = unpack(pair, T{});
-        add(distance(at) + 32 - j, j % 2 ? x.y : x.x);
+        add(distance(at) + 32 - j, (j % 2 ? x.y : x.x) * Words::kUnit);
       }
       if (w.lane() < 7)  // on their way to the first lane, as value `lane`
-        add(w.get(w.kDistance) - at * C::kQueries + 32 + 7 - w.lane(), ptx::ld_shared(w.memory().passed(w.lane())));
+        add(w.get(w.kDistance) - at * C::kQueries + 32 + 7 - w.lane(),
+            ptx::ld_shared(w.memory().passed(w.lane())) * Words::kUnit);
     }
     __syncwarp();
-    ScoreWords{}.store(w.memory().carried(w.lane()));
+    Words{}.store(w.memory().carried(w.lane()));
     if (w.lane() < 8) ptx::st_shared(w.memory().passed(w.lane()), 0u);
     w.put(w.kCarried, -1);
   }
@@ -44,28 +47,28 @@ struct PositionSums {
  private:
   __device__ int row() const { return w.mine() % 8; }
   __device__ int column() const { return w.mine() / 8 % 4; }
-  __device__ __forceinline__ ScoreWords words(int block, int chunk) const {
-    return ScoreWords::load(w.address(w.warp() * w.kKeys + block * 8 + row(), chunk));
+  __device__ __forceinline__ Words words(int block, int chunk) const {
+    return Words::load(w.address(w.warp() * w.kKeys + block * 8 + row(), chunk));
   }
 
   // near: c blocks behind the keys; far: four fewer, begun in the tile before; next: four more.
   __device__ __forceinline__ void sum_diagonals() const {
     if (w.get(w.kCarried) != w.tile().tile()) finish();
-    ScoreWords far = ScoreWords::load(w.memory().carried(w.lane())), near = {}, next = {};
+    Words far = Words::load(w.memory().carried(w.lane())), near = {}, next = {};
 #pragma unroll 1
     for (int b = 0; b < 4; b += 2) {
       const int c = column() + b;
-      near = near + (words(b, c) + words(b + 1, c + 1));
-      const ScoreWords x = words(b, (c + 4) & 7), y = words(b + 1, (c + 5) & 7);
+      near.add(words(b, c)), near.add(words(b + 1, c + 1));
+      const Words x = words(b, (c + 4) & 7), y = words(b + 1, (c + 5) & 7);
       if (c < 4) {
-        next = next + x;
+        next.add(x);
       } else {
-        far = far + x;
+        far.add(x);
       }
       if (c + 1 < 4) {
-        next = next + y;
+        next.add(y);
       } else {
-        far = far + y;
+        far.add(y);
       }
     }
     next.store(w.memory().carried(w.lane()));
@@ -76,7 +79,7 @@ struct PositionSums {
   // Value j of row r lies 8 c + j - r queries behind the key in `near`, and 32 fewer in `far`. In the order of 8 c - r
   // a lane's sum goes to the next one, which has the next value of that diagonal; from the last lane of `far` to the
   // first of `near`, and from the last of `near` to the first of the next tile's `far`.
-  __device__ __forceinline__ void add_diagonals(const ScoreWords& far, const ScoreWords& near) const {
+  __device__ __forceinline__ void add_diagonals(const Words& far, const Words& near) const {
     const int from = (row() < 7 ? w.lane() + 1 : w.lane() - 15) & 31;
     const bool first = w.lane() == 7;
     float x = far.at(7), y = near.at(7);
@@ -89,7 +92,7 @@ struct PositionSums {
       x = (first ? before : u) + far.at(j), y = (first ? u : v) + near.at(j);
     }
     const int distance = this->distance(w.tile().tile());
-    add(distance + 32, x), add(distance, y);
+    add(distance + 32, x * Words::kUnit), add(distance, y * Words::kUnit);
   }
   // How far a lane's keys lie behind the queries of value 0 of `near`.
   __device__ __forceinline__ int distance(int tile) const {

@@ -1,6 +1,7 @@
 // Sums of dS' by bucket of time: a lane has a key, whose gaps rise from query to query. It adds up what is in one
-// bucket and, when that ends, adds it to the table: a key meets each bucket once. Tiles whose times do not rise are
-// searched element by element.
+// bucket and, when that ends, adds it to the table: a key meets each bucket once. Sums of a key's first queries, eight
+// by eight, come from the tensor cores; a bucket has the difference of two. Tiles whose times do not rise are searched
+// element by element.
 #pragma once
 
 #include "cuda/sm90/bwd_tables_warp.h"
@@ -10,24 +11,34 @@ namespace hstu_ops::cuda::sm90 {
 template <class C, class T>
 struct TimeSums {
   using B = typename C::Relative;
+  using Words = ScoreWords<T>;
 
   const TableWarp<C, T>& w;
 
-  // Boundary number i is in shared memory; the first bucket begins nowhere, the last one does not end. By all warps.
+  // Boundary number i is in shared memory; the first bucket begins nowhere, the last one does not end. Behind them are
+  // masks of the first queries of eight. By all warps.
   __device__ __forceinline__ void begin() const {
     const int count = w.relative().num_boundaries;
 #pragma unroll 1
     for (int i = static_cast<int>(w.mine()) - 1; i <= count; i += 128) {
       const int64_t x = i < 0 ? INT64_MIN : i < count ? __ldg(w.relative().time_boundaries + i) : INT64_MAX;
-      ptx::st_shared(boundary_address(i), make_int2(static_cast<int>(x), static_cast<int>(x >> 32)));
+      ptx::st_shared_int64(boundary_address(i), x);
     }
+    if (w.mine() < 32) {
+      const int bits = 16 * (w.mine() / 4) - 32 * (w.mine() % 4);
+      ptx::st_shared(mask_address(0) + w.mine() * 4, ptx::bit_mask(0, max_int(bits, 0)));
+    }
+    ptx::st_shared(w.memory().sum(0, w.lane()), 0u);
     meet(3 + C::kGroups, 128);
   }
   __device__ __forceinline__ void begin_item() const {
-    const int64_t key = B::time(times().key_time(w.first_key(w.job()) + w.mine()));
-    put({0.f, 0, key, 0, 0});  // no gap is in there
+    put(0.f, 0);
+    ptx::st_shared_int64(time_address(), B::time(times().key_time(w.first_key(w.job()) + w.mine())));
   }
-  __device__ __forceinline__ void end_item() const { add(get().bucket, get().sum); }
+  __device__ __forceinline__ void end_item() const {
+    const int2 key = ptx::ld_shared_int_v2(w.memory().key(w.lane()));
+    add(key.y, __int_as_float(key.x));
+  }
 
   __device__ __forceinline__ void sum_tile(bool disordered) const {
     if (disordered) {
@@ -38,36 +49,20 @@ struct TimeSums {
   }
 
  private:
-  // What a lane knows of its key.
-  struct Key {
-    float sum;  // of a bucket that goes on
-    int bucket;
-    int64_t time;       // BiasShape::time
-    int64_t low, high;  // gaps of the bucket are from low on and below high
-  };
-  __device__ __forceinline__ static int64_t join(uint32_t low, uint32_t high) {
-    return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+  // What a lane knows of its key: the bucket it is in and the sum of that, and BiasShape::time.
+  __device__ __forceinline__ void put(float sum, int bucket) const {
+    ptx::st_shared(w.memory().key(w.lane()), make_int2(__float_as_int(sum), bucket));
   }
-  __device__ __forceinline__ Key get() const {
-    const uint4 x = ptx::ld_shared_u4(w.memory().key(0, w.lane())), y = ptx::ld_shared_u4(w.memory().key(1, w.lane()));
-    return {__uint_as_float(x.x), static_cast<int>(x.y), join(x.z, x.w), join(y.x, y.y), join(y.z, y.w)};
-  }
-  __device__ __forceinline__ void put(const Key& k) const {
-    const auto high = [](int64_t x) { return static_cast<uint32_t>(x >> 32); };
-    const auto low = [](int64_t x) { return static_cast<uint32_t>(x); };
-    ptx::st_shared(w.memory().key(0, w.lane()),
-                   make_uint4(__float_as_uint(k.sum), static_cast<uint32_t>(k.bucket), low(k.time), high(k.time)));
-    ptx::st_shared(w.memory().key(1, w.lane()), make_uint4(low(k.low), high(k.low), low(k.high), high(k.high)));
-  }
+  __device__ __forceinline__ uint32_t time_address() const { return w.memory().key(w.lane()) + 8; }
 
   __device__ __forceinline__ TimeTerm times() const {
     return {w.relative(), w.job().sequence, w.job().item.head, nullptr};
   }
   __device__ __forceinline__ uint32_t boundary_address(int i) const { return w.shared.boundaries() + (i + 1) * 8; }
-  __device__ __forceinline__ int64_t boundary(int i) const {
-    const int2 x = ptx::ld_shared_int_v2(boundary_address(i));
-    return join(x.x, x.y);
+  __device__ __forceinline__ uint32_t mask_address(int queries) const {
+    return boundary_address(TimeTerm::kMostCellBoundaries + 1) + queries * 16;
   }
+  __device__ __forceinline__ int64_t boundary(int i) const { return ptx::ld_shared_int64(boundary_address(i)); }
   __device__ __forceinline__ int search(int64_t gap) const {
     int lo = 0, hi = w.relative().num_boundaries;
 #pragma unroll 1
@@ -86,70 +81,90 @@ struct TimeSums {
   }
 
   __device__ __forceinline__ int key_row() const { return static_cast<int>(w.mine()); }
-  __device__ __forceinline__ ScoreWords words(int chunk) const { return ScoreWords::load(w.address(key_row(), chunk)); }
+  __device__ __forceinline__ Words words(int chunk) const { return Words::load(w.address(key_row(), chunk)); }
 
   __device__ __forceinline__ void sum_rising() const {
-    Key key = get();
-    const int64_t most = key.time - w.stage().long_left(),  // the gap of the last query, and of the first
-        least = most - ptx::ld_shared_int(w.stage().time(0));
-    if (__all_sync(~0u, least >= key.low && most < key.high)) {
-#pragma unroll 1
-      for (int c = 0; c < 8; c += 2) key.sum += (words(c) + words(c + 1)).sum();
-      ptx::st_shared(w.memory().key(0, w.lane()), __float_as_uint(key.sum));
-      return;
+    sum_chunks();
+    const uint4 key = ptx::ld_shared_u4(w.memory().key(w.lane()));
+    const int64_t most = ptx::join(key.z, key.w) - w.stage().long_left();  // the gap of the last query
+    float sum = __uint_as_float(key.x);  // of the bucket, less that of the tile's queries in front of it
+    int bucket = key.y;
+    if (most - ptx::ld_shared_int(w.stage().time(0)) < boundary(bucket - 1)) {  // times fell
+      add(bucket, sum);
+      sum = 0.f, bucket = 0;
     }
-    if (least < key.low || least >= key.high) {  // there was a tile of which nothing is kept, or times fell
-      add(key.bucket, key.sum);
-      key.sum = 0.f;
-      find(key, least);
-    }
-    __syncwarp();
-    float total = 0.f, used = 0.f;
-#pragma unroll 1
-    for (int c = 0; c < 8; ++c) {
-      ptx::st_shared(w.memory().sum(c, w.lane()), __float_as_uint(total));
-      total += words(c).sum();
-    }
-    while (__any_sync(~0u, most >= key.high)) {
-      if (most >= key.high) {
-        const int queries = count_before(static_cast<int>(min(most - key.high, int64_t{INT32_MAX})));
+    int end = time_of_end(most, bucket);
+    while (__any_sync(~0u, end >= 0)) {
+      if (end >= 0) {
+        const int following = time_of_end(most, bucket + 1);
+        const int queries = count_before(end);
+        const int next = ptx::ld_shared_int(w.stage().time(queries));
         const float before = sum_before(queries);
-        add(key.bucket, key.sum + (before - used));
-        key.sum = 0.f, used = before;
-        const int64_t gap = most - ptx::ld_shared_int(w.stage().time(queries));
+        add(bucket, sum + before);
+        sum = -before, end = following, ++bucket;
 #pragma unroll 1
-        for (int i = 0; gap >= key.high && i < 4; ++i) key.low = key.high, key.high = boundary(++key.bucket);
-        if (gap >= key.high) find(key, gap);
+        for (int i = 0; next <= end && i < 4; ++i) end = time_of_end(most, ++bucket);
+        if (next <= end) bucket = search(most - next), end = time_of_end(most, bucket);
       }
       __syncwarp();
     }
-    key.sum += total - used;
-    put(key);
+    sum += ptx::ld_shared(w.memory().sum(8, w.lane()));
+    put(sum, bucket);
   }
-  __device__ __forceinline__ void find(Key& key, int64_t gap) const {
-    key.bucket = search(gap);
-    key.low = boundary(key.bucket - 1), key.high = boundary(key.bucket);
-  }
-  // How many queries are in front of those whose times are at most `limit` from the last one's, which is one of them.
-  __device__ __forceinline__ int count_before(int limit) const {
-    int query = 0;
+  // Sums of each key's queries in front of each chunk: products with ones and zeros.
+  __device__ __forceinline__ void sum_chunks() const {
+    const int row = w.lane() % 16, half = w.lane() / 16, column = w.lane() / 4;
+    const uint32_t keys = w.address(w.warp() * w.kKeys + row, half);
+    float sums[2][4] = {};
 #pragma unroll
-    for (int c = 0; c < 7; ++c) query += ptx::ld_shared_int(w.stage().time(c * 8 + 7)) > limit ? 8 : 0;
-    const uint32_t times = w.stage().time(query);
+    for (int step = 0; step < 4; ++step) {
+      const uint32_t ones = pack(1.f, 1.f, T{});
+      const uint32_t first = column == 0 || 2 * step < column ? ones : 0,
+                     second = column == 0 || 2 * step + 1 < column ? ones : 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint4 t = ptx::ld_shared_u4(times + h * 16);
-      query += (static_cast<int>(t.x) > limit) + (static_cast<int>(t.y) > limit) + (static_cast<int>(t.z) > limit) +
-               (static_cast<int>(t.w) > limit);
+      for (int i = 0; i < 2; ++i) {
+        uint32_t x[4];
+        ptx::ldmatrix_x4(x, (keys ^ step * 32) + i * 16 * 128);
+        ptx::mma_m16n8k16(sums[i], x, first, second, T{});
+      }
     }
-    return query;
+    // Columns 2 c and 2 c + 1, of eight keys and the next ones; column 0 has the sum of all, as number 8.
+    const int c = w.lane() % 4, key = w.lane() / 4;
+    const uint32_t even = w.memory().sum(2 * c, key) + (c == 0 ? 8 * 128 : 0), odd = w.memory().sum(2 * c + 1, key);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* x = sums[i / 2] + i % 2 * 2;
+      ptx::st_shared(even ^ i * 32, __float_as_uint(x[0]));
+      ptx::st_shared(odd ^ i * 32, __float_as_uint(x[1]));
+    }
+    __syncwarp();
+  }
+  // Where a bucket ends: times of queries behind that are at most this much from the last one's. Negative: the tile
+  // does.
+  __device__ __forceinline__ int time_of_end(int64_t most, int bucket) const {
+    const int64_t boundary = this->boundary(bucket);
+    const uint64_t x = static_cast<uint64_t>(most) - static_cast<uint64_t>(boundary);
+    return most < boundary ? -1 : x > INT32_MAX ? INT32_MAX : static_cast<int>(x);
+  }
+  // How many queries are in front of those whose times are at most `end` from the last one's, which is one of them.
+  __device__ __forceinline__ int count_before(int end) const {
+    const int chunk = count(w.stage().chunk_end(0), end);
+    return chunk * 8 + count(w.stage().time(chunk * 8), end);
+  }
+  // How many of eight falling times, of which the last is not, are above `end`?
+  __device__ __forceinline__ static int count(uint32_t times, int end) {
+    const uint4 a = ptx::ld_shared_u4(times), b = ptx::ld_shared_u4(times + 16);
+    const auto above = [&](uint32_t x) { return static_cast<int>(x) > end; };
+    const bool four = above(a.w), two = above(four ? b.y : a.y), one = above(two ? four ? b.z : a.z : four ? b.x : a.x);
+    return (four ? 4 : 0) + (two ? 2 : 0) + (one ? 1 : 0);
   }
   // The sum of the key's first queries.
   __device__ __forceinline__ float sum_before(int queries) const {
-    const int chunk = queries >> 3, rest = queries & 7;
-    ScoreWords x = words(chunk);
+    const int chunk = queries >> 3;
+    Words x = words(chunk);
+    const Words mask = Words::load(mask_address(queries & 7));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x.x[i] &= ptx::bit_mask(0, max_int(16 * rest - 32 * i, 0));
+    for (int i = 0; i < 4; ++i) x.x[i] &= mask.x[i];
     return ptx::ld_shared(w.memory().sum(chunk, w.lane())) + x.sum();
   }
 

@@ -8,8 +8,13 @@
 
 namespace hstu_ops::cuda::sm90 {
 
-// Eight elements of a row of dS', in pairs.
+// Eight elements of a row of dS', in pairs, or sums of up to four such rows: of float16 a quarter of them, which does
+// not overflow.
+template <class T>
 struct ScoreWords {
+  static constexpr bool kQuarters = std::is_same_v<T, __half>;
+  static constexpr float kUnit = kQuarters ? 4.f : 1.f;  // of sums
+
   uint32_t x[4];
 
   __device__ __forceinline__ static ScoreWords load(uint32_t at) {
@@ -18,13 +23,19 @@ struct ScoreWords {
   }
   __device__ __forceinline__ void store(uint32_t at) const { ptx::st_shared(at, make_uint4(x[0], x[1], x[2], x[3])); }
 
-  __device__ __forceinline__ ScoreWords operator+(const ScoreWords& o) const {
-    return {{ptx::add_bf16x2(x[0], o.x[0]), ptx::add_bf16x2(x[1], o.x[1]), ptx::add_bf16x2(x[2], o.x[2]),
-             ptx::add_bf16x2(x[3], o.x[3])}};
+  __device__ __forceinline__ void add(const ScoreWords& row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      x[i] = kQuarters ? ptx::fma_f16x2(row.x[i], pack(.25f, .25f, T{}), x[i]) : ptx::add_bf16x2(row.x[i], x[i]);
   }
   __device__ __forceinline__ float at(int i) const {
-    const float2 y = unpack(x[i / 2], __nv_bfloat16());
-    return i % 2 ? y.y : y.x;
+    const uint32_t pair = x[i / 2];
+    if constexpr (kQuarters) {
+      const float2 y = unpack(pair, T{});
+      return i % 2 ? y.y : y.x;
+    } else {
+      return __uint_as_float(i % 2 ? pair & 0xffff0000 : pair << 16);
+    }
   }
   __device__ __forceinline__ float sum() const {
     return ((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7)));
@@ -33,8 +44,8 @@ struct ScoreWords {
 
 template <class C, class T>
 struct TableWarp {
-  static_assert(std::is_same_v<T, __nv_bfloat16>, "sums of pairs of float16 would overflow");
   using B = typename C::Relative;
+  using Words = ScoreWords<T>;
   static constexpr int kKeys = 32;  // of the item's, a warp
 
   const BwdArguments& arguments;
@@ -83,13 +94,11 @@ struct TableWarp {
   // The item's part of a table, of the block's copy, as two words.
   __device__ __forceinline__ void put_table(int word, const TableSums& to) const {
     const int64_t copy = blockIdx.x % arguments.table_copies * arguments.table_stride;
-    const auto at = reinterpret_cast<uint64_t>(to.sums + copy + job().item.head * to.head_stride);
+    const auto at = reinterpret_cast<int64_t>(to.sums + copy + job().item.head * to.head_stride);
     put(word, static_cast<int>(at)), put(word + 1, static_cast<int>(at >> 32));
   }
   __device__ __forceinline__ float* table(int word) const {
-    const int2 x = ptx::ld_shared_int_v2(memory().word(word));
-    return reinterpret_cast<float*>(static_cast<uint64_t>(static_cast<unsigned>(x.y)) << 32 |
-                                    static_cast<unsigned>(x.x));
+    return reinterpret_cast<float*>(ptx::ld_shared_int64(memory().word(word)));
   }
 };
 

@@ -25,7 +25,7 @@ struct Lane {
 
 // A block's kRows rows, 16 a warp, and tiles of kCols columns: queries and keys or, if kTransposed, the reverse.
 // Cells_: SharedCells of what tiles leave room for, or GlobalCells; kNotedTiles: looked at together. kLongTimes_: does
-// a stage have all 64 bits of its tile's smallest time?
+// a stage have what sums by bucket of time need?
 template <int kRows_, bool kTransposed_, class Cells_, int kNotedTiles_, bool kLongTimes_ = false>
 struct BiasShape {
   using Cells = Cells_;
@@ -104,6 +104,10 @@ class BiasStage {
     for (int i = 0; i < B::kCols / 32; ++i)
       ptx::st_shared(time(i * 32 + lane), static_cast<uint32_t>(0u + times[i] - left));
     if (lane == 0) ptx::st_shared(base_ + kLeft, static_cast<uint32_t>(left));
+    if (B::kLongTimes && lane % 8 == 7)
+#pragma unroll
+      for (int i = 0; i < B::kCols / 32; ++i)
+        ptx::st_shared(chunk_end(i * 4 + lane / 8), static_cast<uint32_t>(0u + times[i] - left));
   }
 
   __device__ Window window() const { return {base_}; }
@@ -112,22 +116,20 @@ class BiasStage {
   // than 2^31 apart are right.
   __device__ uint32_t time(int col) const { return base_ + kTimes + col * 4; }
   __device__ int left() const { return ptx::ld_shared_int(base_ + kLeft); }
-  // All of it, where kLongTimes.
-  __device__ void set_left(long long x) const { ptx::st_shared(base_ + kLongLeft, make_int2(x, x >> 32)); }
-  __device__ long long long_left() const {
-    const int2 x = ptx::ld_shared_int_v2(base_ + kLongLeft);
-    return static_cast<long long>(x.y) << 32 | static_cast<unsigned>(x.x);
-  }
+  // Where kLongTimes: the last time of each eight columns, and all of the smallest one.
+  __device__ uint32_t chunk_end(int chunk) const { return base_ + kChunkEnds + chunk * 4; }
+  __device__ void set_left(long long x) const { ptx::st_shared_int64(base_ + kLongLeft, x); }
+  __device__ long long long_left() const { return ptx::ld_shared_int64(base_ + kLongLeft); }
 
   __device__ WarpNote note(int warp) const { return {base_ + kNotes + warp * WarpNote::kBytes}; }
 
  private:
   static constexpr int kTimes = Window::kBytes, kNotes = kTimes + B::kCols * 4,
-                       kLeft = kNotes + kWarps * WarpNote::kBytes, kLongLeft = kLeft + 8;
-  static_assert(kWindow % 32 == 0 && kNotes % 16 == 0);
+                       kLeft = kNotes + kWarps * WarpNote::kBytes, kLongLeft = kLeft + 8, kChunkEnds = kLongLeft + 8;
+  static_assert(kWindow % 32 == 0 && kNotes % 16 == 0 && kLeft % 16 == 0);
 
  public:
-  static constexpr int kBytes = ((B::kLongTimes ? kLongLeft + 8 : kLeft + 4) + 127) / 128 * 128;
+  static constexpr int kBytes = ((B::kLongTimes ? kChunkEnds + B::kCols / 8 * 4 : kLeft + 4) + 127) / 128 * 128;
 
  private:
   uint32_t base_;
