@@ -40,9 +40,9 @@ inline bool bwd_sums_tables(const AttentionBwdParams& p, int padded_dim) {
   const AttentionProblem& a = p.problem;
   if (p.deterministic || !bwd_may_sum_queries(padded_dim)) return false;
   if (has_many_boundaries(a.relative) || (p.grad_position_weight && !p.distances_fit)) return false;
-  const int64_t mean = a.jagged.batch > 0 ? a.jagged.total_kv / a.jagged.batch : 0;
   if (padded_dim == 128) return p.grad_position_weight || p.grad_time_weight;
-  return p.grad_position_weight && !p.grad_time_weight && mean >= 512;
+  constexpr int64_t kLong = 512;  // mean keys of a sequence
+  return p.grad_position_weight && !p.grad_time_weight && a.jagged.total_kv >= kLong * a.jagged.batch;
 }
 
 // Is scratch memory cleared that need not be? For compute-sanitizer's initcheck, which does not see what the copy

@@ -64,17 +64,7 @@ struct TimeSums {
   }
   __device__ __forceinline__ int64_t boundary(int i) const { return ptx::ld_shared_int64(boundary_address(i)); }
   __device__ __forceinline__ int search(int64_t gap) const {
-    int lo = 0, hi = w.relative().num_boundaries;
-#pragma unroll 1
-    while (lo < hi) {
-      const int mid = (lo + hi) / 2;
-      if (boundary(mid) <= gap) {
-        lo = mid + 1;
-      } else {
-        hi = mid;
-      }
-    }
-    return lo;
+    return search_boundaries(gap, 0, w.relative().num_boundaries, [&](int i) { return boundary(i); });
   }
   __device__ __forceinline__ void add(int bucket, float x) const {
     if (x != 0.f) ptx::red_add(w.table(w.kTime) + bucket, x * w.factor());

@@ -45,15 +45,10 @@ struct GlobalCells {
 
   __device__ static GlobalCells place(uint32_t at, void* memory, int head) {
     char* const mine = static_cast<char*>(memory) + static_cast<int64_t>(head) * kGlobalBytes;
-    const uint64_t x = reinterpret_cast<uint64_t>(mine);
-    ptx::st_shared(at, make_uint2(static_cast<uint32_t>(x), static_cast<uint32_t>(x >> 32)));
+    ptx::st_shared_int64(at, reinterpret_cast<int64_t>(mine));
     return {mine};
   }
-  __device__ static GlobalCells placed(uint32_t at) {
-    const int2 x = ptx::ld_shared_int_v2(at);
-    return {
-        reinterpret_cast<char*>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x))};
-  }
+  __device__ static GlobalCells placed(uint32_t at) { return {reinterpret_cast<char*>(ptx::ld_shared_int64(at))}; }
   __device__ int load(uint32_t at) const { return ptx::ld_global_int(memory + at); }
   __device__ void store(uint32_t at, uint32_t x) const { ptx::st_global(memory + at, x); }
 };

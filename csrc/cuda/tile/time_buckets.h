@@ -33,6 +33,21 @@ struct TimeLine {
   __device__ __forceinline__ int at(float distance) const { return __float2int_rd(fmaf(slope, distance, start)); }
 };
 
+// How many boundaries are <= gap, known to lie in [lo, hi]; boundary(i): number i.
+template <class F>
+__device__ __forceinline__ int search_boundaries(int64_t gap, int lo, int hi, F&& boundary) {
+#pragma unroll 1
+  while (lo < hi) {
+    const int mid = (lo + hi) / 2;
+    if (boundary(mid) <= gap) {
+      lo = mid + 1;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
+}
+
 struct BucketRange {
   int first, last;
   bool known;
@@ -173,18 +188,8 @@ struct TimeTerm {
     return {range.x, range.y, true};
   }
 
-  // How many of the boundaries are <= gap, known to lie in [lo, hi].
   __device__ __forceinline__ int search(int64_t gap, int lo, int hi) const {
-#pragma unroll 1
-    while (lo < hi) {
-      const int mid = (lo + hi) / 2;
-      if (__ldg(boundaries + mid) <= gap) {
-        lo = mid + 1;
-      } else {
-        hi = mid;
-      }
-    }
-    return lo;
+    return search_boundaries(gap, lo, hi, [&](int i) { return __ldg(boundaries + i); });
   }
   // Knows nothing of cells that do not answer.
   template <bool kLines>
