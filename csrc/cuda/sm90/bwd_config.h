@@ -133,6 +133,7 @@ struct BwdTablesShape : Shape {
   static constexpr bool kTables = true;
   static constexpr int kThreads = Shape::kThreads + 128, kSumRegisters = kSums;
   static constexpr int kSharedBytes = Shape::kSharedBytes + TableSumMemory::kAllBytes;
+  static_assert(Shape::kBiasBytes % 128 == 0, "TableSumMemory lies behind");
   static_assert(kSharedBytes + 2048 + 2 * Shape::kTimeRows * 5 <= kSharedMemory, "barriers and jobs take 2 KB");
 };
 template <int kDim>
