@@ -314,7 +314,7 @@ def _check_long(bias, dim, dtype, device, *, change=lambda inputs: None, fewer=T
     + [("plain", 64, "position/head"), ("plain", 128, "position"), ("plain", 128, "position/head+time/head")],
 )
 def test_long_sequences(options, dim, bias, dtype, device):
-    """Positions alone, or times in long sequences: gradients of the tables may then be summed beside the others."""
+    """Where gradients of the tables may be summed beside the others: positions at any dimension, times at 128."""
     options = {x: y for x, y in _LONG[options].items() if x != "query_timestamps" or "time" in bias}
     _check_long(bias, dim, dtype, device, **options)
 

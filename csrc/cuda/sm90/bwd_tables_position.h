@@ -32,11 +32,10 @@ struct PositionSums {
       for (int j = 0; j < 8; ++j) {
         const uint32_t pair = ptx::ld_shared_int(w.memory().carried(w.lane()) + j / 2 * 4);
         const float2 x = unpack(pair, T{});
-        add(distance(at) + 32 - j, (j % 2 ? x.y : x.x) * Words::kUnit);
+        add_sum(distance(at) + 32 - j, j % 2 ? x.y : x.x);
       }
       if (w.lane() < 7)  // on their way to the first lane, as value `lane`
-        add(w.get(w.kDistance) - at * C::kQueries + 32 + 7 - w.lane(),
-            ptx::ld_shared(w.memory().passed(w.lane())) * Words::kUnit);
+        add_sum(w.get(w.kDistance) - at * C::kQueries + 32 + 7 - w.lane(), ptx::ld_shared(w.memory().passed(w.lane())));
     }
     __syncwarp();
     Words{}.store(w.memory().carried(w.lane()));
@@ -92,7 +91,7 @@ struct PositionSums {
       x = (first ? before : u) + far.at(j), y = (first ? u : v) + near.at(j);
     }
     const int distance = this->distance(w.tile().tile());
-    add(distance + 32, x * Words::kUnit), add(distance, y * Words::kUnit);
+    add_sum(distance + 32, x), add_sum(distance, y);
   }
   // How far a lane's keys lie behind the queries of value 0 of `near`.
   __device__ __forceinline__ int distance(int tile) const {
@@ -102,6 +101,8 @@ struct PositionSums {
     const int far = w.relative().positions - 1;
     ptx::red_add(w.table(w.kPosition) + (clamp_int(distance, -far, far) + far), x * w.factor());
   }
+  // Of Words' sums.
+  __device__ __forceinline__ void add_sum(int distance, float x) const { add(distance, x * Words::kUnit); }
 
   // A tile where some rows or columns share a position, row by row: runs of one distance.
   __device__ __forceinline__ void sum_clamped() const {

@@ -45,7 +45,6 @@ struct ScoreWords {
 template <class C, class T>
 struct TableWarp {
   using B = typename C::Relative;
-  using Words = ScoreWords<T>;
   static constexpr int kKeys = 32;  // of the item's, a warp
 
   const BwdArguments& arguments;
